@@ -1,0 +1,41 @@
+# Two commands do all the set-up themselves: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow test-gpu lint clean
+
+help:
+	@echo "make demo      train SmolLM2-135M to sort numbers on this machine's CPU, then show the report"
+	@echo "make test      lint, type check and the default tests (under 20 minutes on 2 cores)"
+	@echo "make test-slow the tests that train for minutes"
+	@echo "make test-gpu  the tests that need a CUDA device"
+
+install: $(STAMP)
+
+# uv would be quicker, but pip is what every machine has; the pins are what CI ran with.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow --timeout=3600
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) .demo

@@ -1,0 +1,221 @@
+"""The whole configuration of a run, typed, on one page.
+
+YAML and `key=value` overrides go through `lorl.settings.load`, which turns every mistake into one sentence. Here is only
+the schema: names, types, defaults, bounds and what each key means. Units are in the names.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The frozen base."""
+
+    path: str = Field("smollm2-135m", description="A folder, a hub id, or the name of a fetched model")
+    revision: str | None = Field(None, description="Commit or tag on the hub; pin it for runs that must repeat")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+
+
+class AdapterConfig(Section):
+    """The trained LoRA adapter; peft's terms."""
+
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = 32.0
+    dropout: Fraction = 0.0
+    target_modules: str | list[str] = Field("all-linear", description="'all-linear', names, or a regular expression")
+    exclude_modules: str | list[str] | None = None
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank)")
+    dora: bool = Field(False, description="Weight-decomposed LoRA")
+    path: str | None = Field(None, description="Start from this peft folder; its rank, alpha and targets then hold")
+
+
+class DataConfig(Section):
+    """Prompts with what their rewards need."""
+
+    train: str | list[str] | None = Field(
+        None, description="Parquet or JSON-lines files, or 'hf:NAME[:SPLIT]' for a Hugging Face dataset"
+    )
+    val: str | list[str] | None = None
+    prompts_per_step: PositiveInt = 32
+    max_prompt_tokens: PositiveInt = 1024
+    overlong: Literal["error", "skip", "truncate_left", "truncate_right"] = "error"
+    bad_rows: Literal["error", "skip"] = Field("error", description="skip: leave them out, listed in the run folder")
+    shuffle: bool = True
+    max_train_prompts: PositiveInt | None = None
+    max_val_prompts: PositiveInt | None = None
+    prompt_key: str = Field("prompt", description="Column: chat messages, or text that becomes one user message")
+    answer_key: str = Field("answer", description="Column of the truth where there is no reward_model.ground_truth")
+    source_key: str = Field("data_source", description="Column that picks the built-in reward")
+    system_prompt: str | None = Field(None, description="Put before every prompt that has no system message")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    engine: Literal["auto", "torch"] = Field("auto", description="torch: embedded, on the trainer's own weights")
+    n: PositiveInt = Field(8, description="Samples a prompt")
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = Field(-1, description="-1 or 0: off")
+    min_p: Fraction = 0.0
+    stop: list[str] = Field(default_factory=list, description="Strings that end a completion; not part of its text")
+    max_response_tokens: PositiveInt = 512
+    max_concurrent: PositiveInt = Field(256, description="Sequences decoded at a time")
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.4, description="Share of the device's memory that the KV cache may take"
+    )
+    max_mismatch: PositiveFloat | None = Field(
+        None,
+        description="Largest mean |log-probability difference| between engine and trainer before the run stops; "
+        "null: 1e-3 in float32, 0.05 in bfloat16",
+    )
+
+
+class RewardConfig(Section):
+    """Grading. Every reward runs in a process that can be killed."""
+
+    name: str = Field("auto", description="A built-in grader, or the function's name in `path`; auto: by data_source")
+    path: str | None = Field(None, description="Python file with the reward function (default name: compute_score)")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to every call")
+    batched: bool = Field(False, description="The function takes the step's samples in one call (lists, verl's names)")
+    deadline_s: PositiveFloat = Field(10.0, description="Time limit of one call")
+    memory_mib: PositiveInt = Field(2048, description="Address space that one call may add")
+    workers: PositiveInt = 2
+
+
+class AlgorithmConfig(Section):
+    """What turns rewards into a gradient."""
+
+    advantage: str = "grpo"
+    normalize_std: bool = Field(True, description="grpo: divide by the group's standard deviation; false: Dr. GRPO")
+    policy_loss: str = "ppo_clip"
+    clip_low: NonNegativeFloat = 0.2
+    clip_high: NonNegativeFloat = 0.2
+    clip_dual: Annotated[float, Field(gt=1)] | None = Field(
+        3.0, description="Lower bound on the loss of negative advantages (dual-clip PPO); null: off"
+    )
+    aggregation: Literal[
+        "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    aggregation_norm: PositiveFloat | None = Field(
+        None, description="seq-mean-token-sum-norm: the constant divisor; null: rollout.max_response_tokens"
+    )
+    kl_coef: NonNegativeFloat = 0.0
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_estimator: str = "k3"
+    reference: Literal["start", "base"] = Field(
+        "start", description="KL anchor: the adapter that training started from, or the base without adapter"
+    )
+    entropy_coef: float = 0.0
+    epochs: PositiveInt = Field(1, description="Passes over each step's batch")
+    minibatch_prompts: PositiveInt | None = Field(None, description="Prompts an optimizer step; null: the whole batch")
+
+
+class OptimConfig(Section):
+    """AdamW over the adapter's float32 masters."""
+
+    lr: PositiveFloat = Field(3e-5, description="About ten times what full fine-tuning would use")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    min_lr_ratio: Fraction = 0.0
+    max_grad_norm: PositiveFloat | None = 1.0
+
+
+class ParallelConfig(Section):
+    """How the work is spread."""
+
+    strategy: Literal["auto", "local"] = Field("auto", description="local: this process, one device")
+    gpus: PositiveInt = 1
+    microbatch_tokens: PositiveInt = Field(8192, description="Packed tokens in one forward and backward pass")
+    threads: PositiveInt | None = Field(None, description="CPU threads of torch; null: all cores")
+
+
+class TrainerConfig(Section):
+    """How long, how often, and when to give up."""
+
+    total_steps: PositiveInt | None = Field(None, description="Overrides total_epochs")
+    total_epochs: PositiveInt = 1
+    eval_every: PositiveInt | None = Field(None, description="Steps between evaluations on data.val; null: ends only")
+    eval_before: bool = True
+    max_skipped_steps: PositiveInt = Field(3, description="Non-finite steps in a row before the run gives up (exit 3)")
+    trackers: list[str] = Field(default_factory=list, description="Besides jsonl: tensorboard, wandb, trackio, mlflow")
+
+
+class EvalConfig(Section):
+    """How data.val is answered during training."""
+
+    n: PositiveInt = Field(1, description="Samples a prompt")
+    temperature: NonNegativeFloat = Field(0.0, description="0: greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    success: float = Field(1.0, description="A reward of at least this counts as a right answer")
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = Field(10, description="null: at the end (and when stopped) only")
+    keep: PositiveInt = Field(3, description="Newest checkpoints kept; the best by validation accuracy is kept besides")
+    keep_best: bool = True
+
+
+class RunSection(Section):
+    name: str | None = Field(None, description="Folder below run.dir; null: made from model, algorithm and time")
+    dir: str = "runs"
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    run: RunSection = Field(default_factory=RunSection)
+    seed: NonNegativeInt = 0
+    resume: str = Field("auto", description="auto, never, or a checkpoint's folder")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "RunConfig":
+        minibatch, batch = self.algorithm.minibatch_prompts, self.data.prompts_per_step
+        if minibatch is not None and batch % minibatch:
+            raise ValueError(
+                f"algorithm.minibatch_prompts={minibatch} does not divide data.prompts_per_step={batch}; "
+                f"use a divisor such as {next(d for d in range(minibatch, 0, -1) if batch % d == 0)}"
+            )
+        if self.rollout.temperature == 0 and self.rollout.n > 1:
+            raise ValueError(
+                f"rollout.temperature=0 gives rollout.n={self.rollout.n} equal samples and nothing to learn from; "
+                "use a temperature such as 1.0"
+            )
+        if self.algorithm.clip_low >= 1:
+            raise ValueError(f"algorithm.clip_low={self.algorithm.clip_low} must be below 1 (the ratio is positive)")
+        if self.parallel.gpus > 1:
+            raise ValueError(
+                f"parallel.gpus={self.parallel.gpus} needs the Ray workers, which this version does not have; use 1"
+            )
+        if self.eval.temperature == 0 and self.eval.n > 1:
+            raise ValueError(f"eval.n={self.eval.n} greedy samples are all equal; set eval.temperature above 0")
+        return self

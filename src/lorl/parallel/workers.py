@@ -1,0 +1,56 @@
+"""What the trainer asks of the processes that hold the model. It cannot tell one process from many GPUs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lorl.experience import Completion, Experience
+from lorl.rollout.engine import Request, Sampling
+
+
+@dataclass(slots=True)
+class WorkerState:
+    """All that a checkpoint needs of the workers, on the CPU."""
+
+    adapters: dict[str, tuple[dict[str, Tensor], dict[str, Any]]]  # name -> (tensors, adapter_config.json)
+    optimizer: dict[str, Tensor]
+    scalars: dict[str, Any] = field(default_factory=dict)  # JSON: adapter version, base fingerprint
+
+
+@dataclass(slots=True)
+class UpdateReport:
+    """What an update did. `metrics` are means over the trained tokens of the global batch."""
+
+    metrics: dict[str, float]
+    skipped: str | None = None  # why no optimizer step was taken in (part of) this update
+    trained_tokens: int = 0  # packed tokens that went through forward and backward
+    mismatch: float = 0.0  # mean |log-probability difference| of trainer and engine before the first optimizer step
+    mismatch_max: float = 0.0
+
+
+class Workers(Protocol):
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
+    ) -> Iterator[Completion]:
+        """Completions as they finish, from the published adapter or the base."""
+        ...
+
+    def logprobs(self, experience: Experience, *, adapter: str | None) -> Tensor:
+        """float32[M] on the CPU, without gradient."""
+        ...
+
+    def update(self, experience: Experience, *, step: int, total_steps: int) -> UpdateReport:
+        """Optimizer steps over the experience's minibatches and epochs."""
+        ...
+
+    def publish(self) -> int:
+        """Hands the trained adapter to the engine under a new version, which it returns."""
+        ...
+
+    def save(self) -> WorkerState: ...
+
+    def load(self, state: WorkerState, origin: str) -> None: ...
+
+    def close(self) -> None: ...

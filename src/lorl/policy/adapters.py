@@ -1,0 +1,162 @@
+"""LoRA adapters by peft: made fresh, read from and written to peft's own folder layout."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorl.config import AdapterConfig
+from lorl.errors import UserError, nearest
+from lorl.seeding import stable_seed
+
+
+def attach(model: PreTrainedModel, name: str, config: AdapterConfig, seed: int) -> PeftModel:
+    """Wraps the frozen base with its first adapter: fresh, or the one in `config.path`.
+
+    A fresh adapter's initial values depend on `seed` and `name` alone; the global generator is left as it was.
+    """
+    lora = read_config(Path(config.path)) if config.path else _fresh_config(config)
+    _check_targets(model, lora)
+    with torch.random.fork_rng():
+        torch.manual_seed(stable_seed(seed, "adapter", name))
+        try:
+            peft = get_peft_model(model, lora, adapter_name=name)
+        except ValueError as error:  # what else peft refuses, in its words
+            raise UserError(f"adapter: {_first_sentence(error)}") from None
+    assert isinstance(peft, PeftModel)
+    if config.path:
+        load_tensors(peft, name, read_tensors(Path(config.path)), str(config.path))
+    return peft
+
+
+def attach_copy(peft: PeftModel, source: str, name: str) -> None:
+    """Adds a frozen copy of adapter `source` under `name`."""
+    tensors = {key: value.clone() for key, value in get_peft_model_state_dict(peft, adapter_name=source).items()}
+    peft.add_adapter(name, LoraConfig(**_config_fields(peft.peft_config[source].to_dict())))
+    load_tensors(peft, name, tensors, f"adapter {source!r}")
+
+
+def layers(peft: PeftModel) -> list[BaseTunerLayer]:
+    return [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def parameters(peft: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's own tensors under peft's file names, sorted; the parameters themselves, not copies."""
+    state = get_peft_model_state_dict(peft, adapter_name=name)
+    by_pointer = {parameter.data_ptr(): parameter for parameter in peft.parameters()}
+    return {key: by_pointer[state[key].data_ptr()] for key in sorted(state)}
+
+
+def load_tensors(peft: PeftModel, name: str, tensors: dict[str, Tensor], origin: str) -> None:
+    """Copies `tensors` (peft's file names) into adapter `name`.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape: the adapter belongs to another base.
+    """
+    own = get_peft_model_state_dict(peft, adapter_name=name)
+    if missing := sorted(own.keys() - tensors.keys()):
+        raise UserError(f"{origin}: no tensor {missing[0]!r} ({len(missing)} missing); was it made for another base?")
+    if unknown := sorted(tensors.keys() - own.keys()):
+        raise UserError(
+            f"{origin}: tensor {unknown[0]!r} binds to nothing in this base ({len(unknown)} such); "
+            f"{nearest(unknown[0], own)}"
+        )
+    for key, value in own.items():
+        if tensors[key].shape != value.shape:
+            raise UserError(
+                f"{origin}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this base needs {tuple(value.shape)};"
+                " the adapter belongs to another base."
+            )
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise UserError(f"{origin}: tensor {key!r} holds values that are not finite.")
+    set_peft_model_state_dict(peft, tensors, adapter_name=name)
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The `adapter_config.json` of a peft folder as a trainable LoraConfig."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"adapter.path={str(folder)!r} holds no adapter_config.json; name a folder that peft saved.")
+    try:
+        raw = json.loads(path.read_text())
+        if raw.get("peft_type") != "LORA":
+            raise UserError(f"{path}: peft_type is {raw.get('peft_type')!r}; lorl trains LORA adapters.")
+        return LoraConfig(**_config_fields(raw))
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not a peft adapter configuration: {_first_sentence(error)}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a peft folder, from safetensors only (a pickled adapter_model.bin could run code)."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"adapter.path={str(folder)!r} holds no adapter_model.safetensors; save it with peft >= 0.5.")
+    try:
+        return load_file(str(path))
+    except Exception as error:  # safetensors' own error type is not exported; whatever it says, the file is unreadable
+        raise UserError(f"{path} cannot be read: {_first_sentence(error)}") from None
+
+
+def config_dict(peft: PeftModel, name: str) -> dict[str, Any]:
+    """The adapter's configuration as peft writes it to `adapter_config.json`, in a stable order."""
+    raw = peft.peft_config[name].to_dict()
+    raw["inference_mode"] = True
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(raw.items())}
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """BLAKE2b-128 over names and bytes, hexadecimal: two adapters agree bit for bit or have different checksums."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _fresh_config(config: AdapterConfig) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int and divides by rank: a float is as good
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+    )
+
+
+def _config_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from a saved configuration. Newer peft adds keys; unknown ones are left out as peft does."""
+    known = LoraConfig.__dataclass_fields__
+    return {key: value for key, value in raw.items() if key in known} | {"inference_mode": False}
+
+
+def _check_targets(model: nn.Module, lora: LoraConfig) -> None:
+    """Every named target and exclusion must match a module: peft only complains when none does."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    leaves = {name.rsplit(".", 1)[-1] for name in names}
+    for field in ("target_modules", "exclude_modules"):
+        wanted = getattr(lora, field)
+        if isinstance(wanted, str) and wanted != "all-linear":
+            try:
+                pattern = re.compile(wanted)
+            except re.error as error:
+                raise UserError(f"adapter.{field}={wanted!r} is not a regular expression: {error}") from None
+            if not any(pattern.fullmatch(name) for name in names) and wanted not in leaves:
+                raise UserError(f"adapter.{field}={wanted!r} matches no linear layer; {nearest(wanted, leaves)}")
+        for one in [] if wanted is None or isinstance(wanted, str) else wanted:
+            if not any(name == one or name.endswith("." + one) for name in names):
+                raise UserError(f"adapter.{field}: no linear layer is called {one!r}; {nearest(one, leaves)}")
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).split("\n", 1)[0][:300]

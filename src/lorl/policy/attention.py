@@ -1,0 +1,154 @@
+"""Attention as a property of the batch's layout, plugged into any Hugging Face model that dispatches its attention.
+
+transformers calls one function for every layer (`AttentionInterface`). Here that function asks the layout that came
+with the batch: a `ForestAttention` (packed training, scoring and prefill) or the engine's decoding state. The model's
+own code, and its KV-cache classes, are not involved.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lorl.errors import UserError
+from lorl.experience import Forest
+
+NAME = "lorl"
+
+
+class Layout(Protocol):
+    """How the tokens of one forward pass attend to each other and to what came before."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """query [H, T, D], key and value [K, T, D] with K dividing H -> [H, T, D]."""
+        ...
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if softcap is not None or s_aux is not None:
+        what = "soft-capped attention scores" if softcap is not None else "attention sinks"
+        raise UserError(f"{type(module).__name__} uses {what}, which lorl's packed attention does not compute yet.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    out = layout.attend(layer, query[0], key[0], value[0], scale=scale, window=sliding_window)
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def roots(forest: Forest) -> Tensor:
+    """int64[N]: the root segment of each segment's tree. Parents come before children, so one pass suffices."""
+    root = list(range(forest.parent.numel()))
+    for segment, parent in enumerate(forest.parent.tolist()):
+        if parent >= 0:
+            root[segment] = root[parent]
+    return torch.tensor(root, dtype=torch.int64)
+
+
+def ancestry(forest: Forest) -> Tensor:
+    """bool[N, N]: `[i, j]` is true where segment j is segment i or one of its ancestors."""
+    count = forest.parent.numel()
+    seen = torch.eye(count, dtype=torch.bool)
+    for segment, parent in enumerate(forest.parent.tolist()):
+        if parent >= 0:
+            seen[segment] |= seen[parent]
+    return seen
+
+
+class ForestAttention:
+    """Every tree of the forest attends within itself, each prompt once.
+
+    On the CPU a tree is one call of scaled-dot-product attention with a dense mask (FlexAttention has no backward
+    there). On a GPU the whole forest is one FlexAttention call whose block mask skips what no token may see.
+    With `record` set, the keys and values of every layer are kept: that is how the engine fills its cache.
+    """
+
+    def __init__(self, forest: Forest, *, record: bool = False) -> None:
+        device = forest.tokens.device
+        lengths = (forest.segments[1:] - forest.segments[:-1]).to(torch.int64).cpu()
+        segment = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
+        self._root = roots(forest)
+        self._ancestry = ancestry(forest).to(device)
+        self._segment = segment.to(device)
+        self._positions = forest.positions
+        trees = torch.bincount(self._root[segment], minlength=int(self._root.max()) + 1)
+        ends = trees[trees > 0].cumsum(0).tolist()
+        self._trees = list(zip([0, *ends[:-1]], ends, strict=True))
+        self._masks: dict[int | None, Any] = {}
+        self.recorded: dict[int, tuple[Tensor, Tensor]] | None = {} if record else None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        if self.recorded is not None:
+            self.recorded[layer] = (key, value)
+        if query.device.type == "cuda":
+            return _flex(query, key, value, self._block_mask(window), scale)
+        return self._dense(query, key, value, scale, window)
+
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        if window not in self._masks:
+            self._masks[window] = [self._allowed(slice(start, end), window) for start, end in self._trees]
+        pieces = []
+        for (start, end), mask in zip(self._trees, self._masks[window], strict=True):
+            q, k, v = (x[:, start:end].unsqueeze(0) for x in (query, key, value))
+            pieces.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                )[0]
+            )
+        return torch.cat(pieces, dim=1)
+
+    def _allowed(self, span: slice, window: int | None) -> Tensor | None:
+        """bool[L, L] for one tree; None where plain causal attention says the same (a lone segment)."""
+        segment, positions = self._segment[span], self._positions[span]
+        if window is None and bool((segment == segment[0]).all()):
+            return None
+        allowed = self._ancestry[segment[:, None], segment[None, :]] & (positions[:, None] >= positions[None, :])
+        return allowed if window is None else allowed & (positions[:, None] - positions[None, :] < window)
+
+    def _block_mask(self, window: int | None) -> Any:
+        if window not in self._masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            segment, positions, ancestry_of = self._segment, self._positions, self._ancestry
+
+            def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                seen = ancestry_of[segment[q], segment[k]] & (positions[q] >= positions[k])
+                return seen if window is None else seen & (positions[q] - positions[k] < window)
+
+            total = positions.numel()
+            self._masks[window] = create_block_mask(visible, None, None, total, total, device=positions.device)
+        return self._masks[window]
+
+
+_compiled_flex: Any = None
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
+    global _compiled_flex
+    if _compiled_flex is None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _compiled_flex = torch.compile(flex_attention, dynamic=True)
+    q, k, v = (x.unsqueeze(0) for x in (query, key, value))
+    return _compiled_flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0]

@@ -1,0 +1,89 @@
+"""From configuration to a policy in memory."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorl.config import AdapterConfig, ModelConfig
+from lorl.errors import UserError
+from lorl.policy import adapters, attention
+from lorl.policy.fetch import resolve
+from lorl.policy.policy import Policy
+
+TRAINED = "policy"
+REFERENCE = "reference"
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; one without a padding token pads with its end-of-sequence token."""
+    path = resolve(config.path)
+    with _model_errors(config):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: ModelConfig) -> PreTrainedModel:
+    """The frozen base on its device, with lorl's attention plugged in."""
+    path = resolve(config.path)
+    device = pick_device(config)
+    with _model_errors(config):
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=pick_dtype(config, device),
+            attn_implementation=attention.NAME,
+        )
+    model.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def load_policy(
+    model: ModelConfig, adapter: AdapterConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Policy:
+    """A policy with its trained adapter (fresh, or the one in `adapter.path`), checked against transformers' own
+    forward pass."""
+    base = load_base(model)
+    peft = adapters.attach(base, TRAINED, adapter, seed)
+    policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED)
+    policy.check_packing()
+    return policy
+
+
+def pick_device(config: ModelConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device=cuda: torch sees no CUDA device here; use model.device=cpu or auto.")
+    wanted = config.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+class _model_errors:  # noqa: N801  (reads as a statement)
+    """Turns what transformers raises for a path that is no usable model into one sentence."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+            return
+        reason = str(error).strip().split("\n", 1)[0][:300]
+        raise UserError(
+            f"model.path={self._config.path!r} cannot be loaded ({reason}); name a folder with config.json and "
+            "safetensors, a hub id this machine can reach, or a model that `lorl model list` shows."
+        ) from error

@@ -1,0 +1,110 @@
+"""Log-probabilities and entropies of given tokens from hidden states, in chunks: never `[M, vocab]` at a time.
+
+With z = h W^T / temperature, p = softmax(z):
+
+    log p(y)          = z_y - logsumexp(z)              d/dh = (W_y - E_p[W]) / temperature
+    H = -sum p log p  = logsumexp(z) - E_p[z]           d/dh = -(E_p[(log p + H) W]) / temperature
+
+Neither gradient depends on the loss but for a factor per token, so the forward pass, which has the chunk's p at hand,
+computes the two [M, hidden] directions and the backward pass only scales them: the head's matrix product is never
+done a second time, and nothing of vocabulary width outlives its chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 1 << 25  # logits of one chunk: 128 MiB in float32
+
+
+class _LinearLogprobs(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, need_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [M, d], weight [V, d], targets int64[M] -> log-probabilities float32[M], entropies float32[M]."""
+        need_grad = ctx.needs_input_grad[0]
+        logprobs = torch.empty(hidden.shape[0], dtype=_wide(hidden.dtype), device=hidden.device)
+        entropy = torch.zeros_like(logprobs)
+        toward = torch.empty_like(hidden) if need_grad else None
+        spread = torch.empty_like(hidden) if need_grad and need_entropy else None
+        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+            log_p = torch.log_softmax((hidden[rows] @ weight.T).to(logprobs.dtype) / temperature, dim=-1)
+            logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
+            if not need_grad and not need_entropy:
+                continue
+            p = log_p.exp()
+            if need_entropy:
+                entropy[rows] = -(p * log_p).sum(-1)
+            if toward is not None:
+                toward[rows] = (weight[targets[rows]] - p.to(weight.dtype) @ weight) / temperature
+            if spread is not None:
+                surprise = p * (log_p + entropy[rows, None])
+                spread[rows] = surprise.to(weight.dtype) @ weight / -temperature
+        ctx.save_for_backward(toward, spread)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        toward, spread = ctx.saved_tensors
+        grad = toward * grad_logprobs.unsqueeze(1).to(toward.dtype)
+        if spread is not None:
+            grad += spread * grad_entropy.unsqueeze(1).to(spread.dtype)
+        return grad, None, None, None, None
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities (and entropies) under a frozen, bias-free linear head.
+
+    Args:
+        hidden: [M, d], the states that predict the targets.
+        weight: [V, d], frozen: it gets no gradient.
+        targets: int64[M].
+
+    Returns:
+        float32[M] log-probabilities of the targets at `temperature`; float32[M] entropies in nats, or None.
+    """
+    logprobs, entropies = _LinearLogprobs.apply(hidden, weight, targets, temperature, entropy)  # type: ignore[misc]
+    return logprobs, entropies if entropy else None
+
+
+def head_logprobs(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    vocabulary: int,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for any head (adapted, biased, soft-capped), which each chunk's backward pass computes again."""
+
+    def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(head(states).to(_wide(states.dtype)) / temperature, dim=-1)
+        entropies = -(log_p.exp() * log_p).sum(-1) if entropy else log_p.new_zeros(len(wanted))
+        return log_p.gather(1, wanted[:, None]).squeeze(1), entropies
+
+    if not len(targets):
+        empty = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
+        return empty, empty if entropy else None
+    pieces = [
+        checkpoint(chunk, hidden[rows], targets[rows], use_reentrant=False)
+        for rows in _chunks(hidden.shape[0], vocabulary)
+    ]
+    logprobs, entropies = (torch.cat(columns) for columns in zip(*pieces, strict=True))
+    return logprobs, entropies if entropy else None
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,206 @@
+"""The policy: one frozen base in memory, named adapters on it, and the quantities that training reads off it."""
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorl.errors import UserError
+from lorl.experience import Forest
+from lorl.policy import adapters, attention
+from lorl.policy.logprobs import head_logprobs, linear_logprobs
+
+
+@dataclass(slots=True)
+class Scores:
+    """What one pass says of the sampled tokens. `entropy` is None unless asked for."""
+
+    logprobs: Tensor  # float32[M]
+    entropy: Tensor | None  # float32[M], nats
+
+
+class Policy:
+    """A base model with adapters. Every call names the adapter that it means; None is the base alone.
+
+    Attributes:
+        trained: the adapter that the optimizer updates.
+        tokenizer, device, dtype: of the base.
+    """
+
+    def __init__(self, peft: PeftModel, tokenizer: PreTrainedTokenizerBase, *, trained: str) -> None:
+        self._peft = peft
+        self._layers = adapters.layers(peft)
+        self.trained = trained
+        self.tokenizer = tokenizer
+        base: Any = peft.get_base_model()
+        self._base: PreTrainedModel = base
+        self._decoder: nn.Module = base.base_model  # the model without its head
+        self._head: nn.Module = base.get_output_embeddings()
+        self.device: torch.device = next(base.parameters()).device
+        self.dtype: torch.dtype = next(base.parameters()).dtype
+        self._selected: str | None | Any = ...  # nothing yet
+
+    @property
+    def config(self) -> Any:
+        """The base's transformers configuration."""
+        return self._base.config
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a completion: the generation configuration's, and the tokenizer's."""
+        declared = getattr(self._base.generation_config, "eos_token_id", None)
+        ids = set(declared if isinstance(declared, list) else [declared]) | {self.tokenizer.eos_token_id}
+        return frozenset(token for token in ids if token is not None)
+
+    def hidden(self, layout: attention.Layout, tokens: Tensor, positions: Tensor, *, adapter: str | None) -> Tensor:
+        """Last hidden states [T, d] of tokens [T] at positions [T], attending as `layout` says."""
+        self.select(adapter)
+        with self._autocast():
+            out = self._decoder(
+                input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, layout=layout
+            )
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[M, d] -> [M, vocab], as the model's own forward pass would give them."""
+        with self._autocast():
+            out = self._head(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return out if cap is None else cap * torch.tanh(out / cap)
+
+    def logprobs(
+        self, forest: Forest, *, adapter: str | None, temperature: float = 1.0, entropy: bool = False
+    ) -> Scores:
+        """Log-probabilities of the forest's sampled tokens under `adapter`, at the sampling temperature.
+
+        Differentiable in the adapter's parameters when gradients are enabled. Only the states that predict a sampled
+        token reach the head.
+        """
+        layout = attention.ForestAttention(forest)
+        states = self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
+        states = states[forest.previous[forest.sampled]]
+        targets = forest.tokens[forest.sampled]
+        temperature = temperature or 1.0  # greedy rollouts are scored at temperature 1
+        if self._plain_head:
+            weight: Any = self._head.weight
+            found = linear_logprobs(
+                states.to(weight.dtype), weight, targets, temperature=temperature, entropy=entropy
+            )
+        else:
+            vocabulary = self.config.get_text_config().vocab_size
+            found = head_logprobs(
+                states, self.logits, targets, vocabulary=vocabulary, temperature=temperature, entropy=entropy
+            )
+        return Scores(*found)
+
+    @property
+    def _plain_head(self) -> bool:
+        return (
+            type(self._head) is nn.Linear
+            and self._head.bias is None
+            and not self._head.weight.requires_grad
+            and getattr(self.config, "final_logit_softcapping", None) is None
+        )
+
+    def select(self, adapter: str | None) -> None:
+        """Makes `adapter` the one that the layers apply. Only the trained adapter ever requires gradients."""
+        if adapter == self._selected:
+            return
+        tuner: Any = self._peft.base_model
+        if adapter is None:
+            tuner.disable_adapter_layers()
+        else:
+            if adapter not in self._peft.peft_config:
+                raise ValueError(f"no adapter {adapter!r}; there are {sorted(self._peft.peft_config)}")
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(adapter, inference_mode=adapter != self.trained)
+        self._selected = adapter
+
+    def train_mode(self, on: bool) -> None:
+        """Switches the adapters' dropout; the base stays in evaluation mode for good."""
+        for layer in self._layers:
+            for dropout in getattr(layer, "lora_dropout", {}).values():
+                dropout.train(on)
+
+    def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The adapter's float32 masters under peft's file names, sorted by name."""
+        return adapters.parameters(self._peft, adapter)
+
+    def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """A copy of the adapter on the CPU, as peft's `adapter_model.safetensors` holds it."""
+        found = self.parameters(adapter)
+        return {name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in found.items()}
+
+    def adapter_config(self, adapter: str) -> dict[str, Any]:
+        """What goes into peft's `adapter_config.json`."""
+        return adapters.config_dict(self._peft, adapter)
+
+    def load_adapter(self, adapter: str, tensors: dict[str, Tensor], origin: str) -> None:
+        """Replaces the values of `adapter`; `origin` names the source in errors. Raises UserError on any mismatch."""
+        adapters.load_tensors(self._peft, adapter, tensors, origin)
+
+    def freeze_copy(self, source: str, name: str) -> None:
+        """Adds `name`, a frozen copy of adapter `source` as it is now."""
+        adapters.attach_copy(self._peft, source, name)
+        self._layers = adapters.layers(self._peft)
+        self._selected = ...
+
+    def checksum(self, adapter: str) -> str:
+        """Of the adapter's present values; see `adapters.checksum`."""
+        return adapters.checksum({name: value.data for name, value in self.parameters(adapter).items()})
+
+    def base_fingerprint(self) -> str:
+        """Tells bases apart without reading them whole: names, shapes and the ends of every frozen tensor."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, parameter in sorted(self._base.named_parameters()):
+            if "lora_" in name:
+                continue
+            flat = parameter.detach().reshape(-1)
+            ends = torch.cat([flat[:16], flat[-16:]]).float().cpu()
+            digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
+            digest.update(ends.numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_packing(self) -> None:
+        """Compares a packed pass with transformers' own attention once, at start-up.
+
+        Raises:
+            UserError: the architecture does something in its attention that the packed path does not see.
+        """
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.config.get_text_config().vocab_size
+        tokens = torch.randint(0, vocabulary, (24,), generator=generator).to(self.device)
+        order = torch.arange(24, device=self.device)
+        forest = Forest(
+            tokens=tokens[torch.cat([order[:16], order[8:16], order[16:]])],
+            positions=torch.cat([order[:16], order[8:]]),
+            segments=torch.tensor([0, 8, 16, 32], dtype=torch.int32),
+            parent=torch.tensor([-1, 0, 0], dtype=torch.int32),
+            previous=order.new_zeros(32),
+            sampled=order[:0],
+        )
+        with torch.no_grad():
+            packed = self.hidden(attention.ForestAttention(forest), forest.tokens, forest.positions, adapter=None)
+            self._base.set_attn_implementation("eager")
+            try:
+                own = self._decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+            finally:
+                self._base.set_attn_implementation(attention.NAME)
+        scale = own.float().abs().max()
+        error = float((packed[16:].float() - own[8:].float()).abs().max() / scale)
+        if not error < (1e-3 if self.dtype == torch.float32 else 5e-2):
+            raise UserError(
+                f"{type(self._base).__name__}: packed attention is off from the model's own by {error:.1e} (relative); "
+                "this architecture is not supported."
+            )
+
+    def _autocast(self) -> Any:
+        """Products in the base's dtype while the adapters' masters stay float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)

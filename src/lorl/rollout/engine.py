@@ -1,0 +1,52 @@
+"""The protocol that every rollout engine meets."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lorl.experience import Completion, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. The truncations apply in the order top_k, top_p, min_p, each to what the last one left."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = -1  # -1 or 0: off
+    min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
+    max_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and the seeds of the completions wanted from it, one a sample."""
+
+    prompt: Prompt
+    seeds: list[int]
+
+
+class Engine(Protocol):
+    """Samples from the base or from a published adapter."""
+
+    def publish(self, name: str, version: int, checksum: str) -> None:
+        """Makes adapter `name` as it is now available as `version`. `checksum` is the trainer's of what it holds;
+        an engine that ends up with anything else raises InfrastructureError."""
+        ...
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
+    ) -> Iterator[Completion]:
+        """Yields completions as they finish, in any order. `adapter=None` samples from the base."""
+        ...
+
+    def rest(self) -> None:
+        """Gives the KV cache's memory back. The base does not move."""
+        ...
+
+    def wake(self) -> None:
+        """Takes it again. `generate` does so by itself."""
+        ...
+
+    def close(self) -> None: ...
