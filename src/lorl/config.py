@@ -1,7 +1,7 @@
 """The whole configuration of a run, typed, on one page.
 
-YAML and `key=value` overrides go through `lorl.settings.load`, which turns every mistake into one sentence. Here is only
-the schema: names, types, defaults, bounds and what each key means. Units are in the names.
+YAML and `key=value` overrides go through `lorl.settings.load`, which turns every mistake into one sentence. Here is
+only the schema: names, types, defaults, bounds and what each key means. Units are in the names.
 """
 
 from typing import Annotated, Any, Literal
@@ -22,11 +22,13 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The frozen base."""
 
-    path: str = Field("smollm2-135m", description="A folder, a hub id, or the name of a fetched model")
-    revision: str | None = Field(None, description="Commit or tag on the hub; pin it for runs that must repeat")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
+    path: str = Field(default="smollm2-135m", description="A folder, a hub id, or the name of a fetched model")
+    revision: str | None = Field(default=None, description="Commit or tag on the hub; pin it for runs that must repeat")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on GPU, float32 on CPU"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model")
 
 
 class AdapterConfig(Section):
@@ -35,51 +37,63 @@ class AdapterConfig(Section):
     rank: PositiveInt = 32
     alpha: PositiveFloat = 32.0
     dropout: Fraction = 0.0
-    target_modules: str | list[str] = Field("all-linear", description="'all-linear', names, or a regular expression")
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="'all-linear', names, or a regular expression"
+    )
     exclude_modules: str | list[str] | None = None
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank)")
-    dora: bool = Field(False, description="Weight-decomposed LoRA")
-    path: str | None = Field(None, description="Start from this peft folder; its rank, alpha and targets then hold")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank)")
+    dora: bool = Field(default=False, description="Weight-decomposed LoRA")
+    path: str | None = Field(
+        default=None, description="Start from this peft folder; its rank, alpha and targets then hold"
+    )
 
 
 class DataConfig(Section):
     """Prompts with what their rewards need."""
 
     train: str | list[str] | None = Field(
-        None, description="Parquet or JSON-lines files, or 'hf:NAME[:SPLIT]' for a Hugging Face dataset"
+        default=None, description="Parquet or JSON-lines files, or 'hf:NAME[:SPLIT]' for a Hugging Face dataset"
     )
     val: str | list[str] | None = None
     prompts_per_step: PositiveInt = 32
     max_prompt_tokens: PositiveInt = 1024
     overlong: Literal["error", "skip", "truncate_left", "truncate_right"] = "error"
-    bad_rows: Literal["error", "skip"] = Field("error", description="skip: leave them out, listed in the run folder")
+    bad_rows: Literal["error", "skip"] = Field(
+        default="error", description="skip: leave them out, listed in the run folder"
+    )
     shuffle: bool = True
     max_train_prompts: PositiveInt | None = None
     max_val_prompts: PositiveInt | None = None
-    prompt_key: str = Field("prompt", description="Column: chat messages, or text that becomes one user message")
-    answer_key: str = Field("answer", description="Column of the truth where there is no reward_model.ground_truth")
-    source_key: str = Field("data_source", description="Column that picks the built-in reward")
-    system_prompt: str | None = Field(None, description="Put before every prompt that has no system message")
+    prompt_key: str = Field(
+        default="prompt", description="Column: chat messages, or text that becomes one user message"
+    )
+    answer_key: str = Field(
+        default="answer", description="Column of the truth where there is no reward_model.ground_truth"
+    )
+    source_key: str = Field(default="data_source", description="Column that picks the built-in reward")
+    system_prompt: str | None = Field(default=None, description="Put before every prompt that has no system message")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["auto", "torch"] = Field("auto", description="torch: embedded, on the trainer's own weights")
-    n: PositiveInt = Field(8, description="Samples a prompt")
+    engine: Literal["auto", "torch"] = Field(
+        default="auto", description="torch: embedded, on the trainer's own weights"
+    )
+    n: PositiveInt = Field(default=8, description="Samples a prompt")
     temperature: NonNegativeFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = Field(-1, description="-1 or 0: off")
+    top_k: Annotated[int, Field(ge=-1)] = Field(default=-1, description="-1 or 0: off")
     min_p: Fraction = 0.0
     stop: list[str] = Field(default_factory=list, description="Strings that end a completion; not part of its text")
     max_response_tokens: PositiveInt = 512
-    max_concurrent: PositiveInt = Field(256, description="Sequences decoded at a time")
+    max_concurrent: PositiveInt = Field(default=256, description="Sequences decoded at a time")
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.4, description="Share of the device's memory that the KV cache may take"
+        default=0.4, description="Share of the device's memory that the KV cache may take"
     )
     max_mismatch: PositiveFloat | None = Field(
-        None,
+        default=None,
         description="Largest mean |log-probability difference| between engine and trainer before the run stops; "
         "null: 1e-3 in float32, 0.05 in bfloat16",
     )
@@ -88,12 +102,18 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     """Grading. Every reward runs in a process that can be killed."""
 
-    name: str = Field("auto", description="A built-in grader, or the function's name in `path`; auto: by data_source")
-    path: str | None = Field(None, description="Python file with the reward function (default name: compute_score)")
+    name: str = Field(
+        default="auto", description="A built-in grader, or the function's name in `path`; auto: by data_source"
+    )
+    path: str | None = Field(
+        default=None, description="Python file with the reward function (default name: compute_score)"
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to every call")
-    batched: bool = Field(False, description="The function takes the step's samples in one call (lists, verl's names)")
-    deadline_s: PositiveFloat = Field(10.0, description="Time limit of one call")
-    memory_mib: PositiveInt = Field(2048, description="Address space that one call may add")
+    batched: bool = Field(
+        default=False, description="The function takes the step's samples in one call (lists, verl's names)"
+    )
+    deadline_s: PositiveFloat = Field(default=5.0, description="Time limit of one call")
+    memory_mib: PositiveInt = Field(default=2048, description="Address space that one call may add")
     workers: PositiveInt = 2
 
 
@@ -101,34 +121,38 @@ class AlgorithmConfig(Section):
     """What turns rewards into a gradient."""
 
     advantage: str = "grpo"
-    normalize_std: bool = Field(True, description="grpo: divide by the group's standard deviation; false: Dr. GRPO")
+    normalize_std: bool = Field(
+        default=True, description="grpo: divide by the group's standard deviation; false: Dr. GRPO"
+    )
     policy_loss: str = "ppo_clip"
     clip_low: NonNegativeFloat = 0.2
     clip_high: NonNegativeFloat = 0.2
     clip_dual: Annotated[float, Field(gt=1)] | None = Field(
-        3.0, description="Lower bound on the loss of negative advantages (dual-clip PPO); null: off"
+        default=3.0, description="Lower bound on the loss of negative advantages (dual-clip PPO); null: off"
     )
     aggregation: Literal[
         "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "token-mean"
     aggregation_norm: PositiveFloat | None = Field(
-        None, description="seq-mean-token-sum-norm: the constant divisor; null: rollout.max_response_tokens"
+        default=None, description="seq-mean-token-sum-norm: the constant divisor; null: rollout.max_response_tokens"
     )
     kl_coef: NonNegativeFloat = 0.0
     kl_in: Literal["loss", "reward"] = "loss"
     kl_estimator: str = "k3"
     reference: Literal["start", "base"] = Field(
-        "start", description="KL anchor: the adapter that training started from, or the base without adapter"
+        default="start", description="KL anchor: the adapter that training started from, or the base without adapter"
     )
     entropy_coef: float = 0.0
-    epochs: PositiveInt = Field(1, description="Passes over each step's batch")
-    minibatch_prompts: PositiveInt | None = Field(None, description="Prompts an optimizer step; null: the whole batch")
+    epochs: PositiveInt = Field(default=1, description="Passes over each step's batch")
+    minibatch_prompts: PositiveInt | None = Field(
+        default=None, description="Prompts an optimizer step; null: the whole batch"
+    )
 
 
 class OptimConfig(Section):
     """AdamW over the adapter's float32 masters."""
 
-    lr: PositiveFloat = Field(3e-5, description="About ten times what full fine-tuning would use")
+    lr: PositiveFloat = Field(default=3e-5, description="About ten times what full fine-tuning would use")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
@@ -141,41 +165,49 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """How the work is spread."""
 
-    strategy: Literal["auto", "local"] = Field("auto", description="local: this process, one device")
+    strategy: Literal["auto", "local"] = Field(default="auto", description="local: this process, one device")
     gpus: PositiveInt = 1
-    microbatch_tokens: PositiveInt = Field(8192, description="Packed tokens in one forward and backward pass")
-    threads: PositiveInt | None = Field(None, description="CPU threads of torch; null: all cores")
+    microbatch_tokens: PositiveInt = Field(default=8192, description="Packed tokens in one forward and backward pass")
+    threads: PositiveInt | None = Field(default=None, description="CPU threads of torch; null: all cores")
 
 
 class TrainerConfig(Section):
     """How long, how often, and when to give up."""
 
-    total_steps: PositiveInt | None = Field(None, description="Overrides total_epochs")
+    total_steps: PositiveInt | None = Field(default=None, description="Overrides total_epochs")
     total_epochs: PositiveInt = 1
-    eval_every: PositiveInt | None = Field(None, description="Steps between evaluations on data.val; null: ends only")
+    eval_every: PositiveInt | None = Field(
+        default=None, description="Steps between evaluations on data.val; null: ends only"
+    )
     eval_before: bool = True
-    max_skipped_steps: PositiveInt = Field(3, description="Non-finite steps in a row before the run gives up (exit 3)")
+    max_skipped_steps: PositiveInt = Field(
+        default=3, description="Non-finite steps in a row before the run gives up (exit 3)"
+    )
     trackers: list[str] = Field(default_factory=list, description="Besides jsonl: tensorboard, wandb, trackio, mlflow")
 
 
 class EvalConfig(Section):
     """How data.val is answered during training."""
 
-    n: PositiveInt = Field(1, description="Samples a prompt")
-    temperature: NonNegativeFloat = Field(0.0, description="0: greedy")
+    n: PositiveInt = Field(default=1, description="Samples a prompt")
+    temperature: NonNegativeFloat = Field(default=0.0, description="0: greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = -1
-    success: float = Field(1.0, description="A reward of at least this counts as a right answer")
+    success: float = Field(default=1.0, description="A reward of at least this counts as a right answer")
 
 
 class CheckpointConfig(Section):
-    every_steps: PositiveInt | None = Field(10, description="null: at the end (and when stopped) only")
-    keep: PositiveInt = Field(3, description="Newest checkpoints kept; the best by validation accuracy is kept besides")
+    every_steps: PositiveInt | None = Field(default=10, description="null: at the end (and when stopped) only")
+    keep: PositiveInt = Field(
+        default=3, description="Newest checkpoints kept; the best by validation accuracy is kept besides"
+    )
     keep_best: bool = True
 
 
 class RunSection(Section):
-    name: str | None = Field(None, description="Folder below run.dir; null: made from model, algorithm and time")
+    name: str | None = Field(
+        default=None, description="Folder below run.dir; null: made from model, algorithm and time"
+    )
     dir: str = "runs"
 
 
@@ -195,7 +227,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     run: RunSection = Field(default_factory=RunSection)
     seed: NonNegativeInt = 0
-    resume: str = Field("auto", description="auto, never, or a checkpoint's folder")
+    resume: str = Field(default="auto", description="auto, never, or a checkpoint's folder")
 
     @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":

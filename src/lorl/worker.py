@@ -38,9 +38,7 @@ class Worker:
             policy.freeze_copy(TRAINED, REFERENCE)
             self._reference = REFERENCE
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
-    ) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
         return self._engine.generate(requests, sampling, adapter=adapter)
 
     def publish(self) -> int:
@@ -131,7 +129,7 @@ class Worker:
             part = select(whole, part_sequences)
             loss, logprobs = self._micro_loss(part, totals, sums)
             loss.backward()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             report.trained_tokens += part.forest.tokens.numel()
             differences.append((logprobs - part.rollout_logprobs).abs())
         if not losses:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.experience import Completion, Experience, Outcome, Prompt
 from lorl.packing import cut, pack, select
 from lorl.policy.load import TRAINED, load_policy
 from lorl.policy.policy import Policy
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 FAMILIES = {
     "llama": {},
@@ -24,7 +25,7 @@ FAMILIES = {
 }
 
 
-def random_batch(seed: int = 0, groups: int = 3, n: int = 4) -> list[Completion]:
+def random_batch(seed: int = 0, groups: int = 3, n: int = 4, prefix: int = 0) -> list[Completion]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> list[int]:
@@ -32,8 +33,9 @@ def random_batch(seed: int = 0, groups: int = 3, n: int = 4) -> list[Completion]
         return torch.randint(2, 258, (length,), generator=generator).tolist()
 
     completions = []
+    common = draw(prefix, prefix + 1)
     for group in range(groups):
-        prompt = Prompt(id=f"p{group}", tokens=draw(5, 20), text="")
+        prompt = Prompt(id=f"p{group}", tokens=common + draw(5, 20), text="")
         for sample in range(n):
             tokens = draw(1, 12)
             completions.append(Completion(prompt, sample, tokens, [0.0] * len(tokens), "", "stop", 1))
@@ -80,10 +82,11 @@ def gradients(policy: Policy, objective: Tensor) -> dict[str, Tensor]:
     return dict(zip(parameters, torch.autograd.grad(objective, list(parameters.values())), strict=True))
 
 
+@pytest.mark.parametrize("prefix", [0, 10], ids=["distinct prompts", "shared prefix"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_separate_in_value_and_gradient(family: str, tmp_path: Path) -> None:
+def test_packed_equals_separate_in_value_and_gradient(family: str, prefix: int, tmp_path: Path) -> None:
     policy = load_tiny(save_tiny_model(tmp_path, family, **FAMILIES[family]))
-    completions = random_batch()
+    completions = random_batch(prefix=prefix)
     experience = packed(completions)
     policy.select(TRAINED)
     weights = torch.randn(experience.layout.num_tokens, generator=torch.Generator().manual_seed(2))
@@ -96,19 +99,23 @@ def test_packed_equals_separate_in_value_and_gradient(family: str, tmp_path: Pat
         assert (mine_g[name] - theirs_g[name]).abs().max() < 2e-5 * scale, name
 
 
-def test_shared_prompt_equals_a_prompt_for_each_sample(tiny_model: Path) -> None:
+@pytest.mark.parametrize("prefix", [0, 10])
+def test_shared_prompt_equals_a_prompt_for_each_sample(tiny_model: Path, prefix: int) -> None:
     policy = load_tiny(tiny_model)
-    completions = random_batch()
+    completions = random_batch(prefix=prefix)
     together = policy.logprobs(packed(completions).forest, adapter=TRAINED).logprobs
     alone = torch.cat([policy.logprobs(packed([c]).forest, adapter=TRAINED).logprobs for c in completions])
     assert (together - alone).abs().max() < 1e-5
-    assert packed(completions).forest.tokens.numel() < sum(len(c.prompt.tokens + c.tokens) for c in completions)
+    prompts = {c.prompt.id: len(c.prompt.tokens) - prefix for c in completions}
+    expected = prefix + sum(prompts.values()) + sum(len(c.tokens) for c in completions)
+    assert packed(completions).forest.tokens.numel() == expected
 
 
+@pytest.mark.parametrize("prefix", [0, 10])
 @pytest.mark.parametrize("budget", [1, 40, 75, 10_000])
-def test_any_cut_into_micro_batches_keeps_every_number(tiny_model: Path, budget: int) -> None:
+def test_any_cut_into_micro_batches_keeps_every_number(tiny_model: Path, budget: int, prefix: int) -> None:
     policy = load_tiny(tiny_model)
-    experience = packed(random_batch())
+    experience = packed(random_batch(prefix=prefix))
     whole = policy.logprobs(experience.forest, adapter=TRAINED).logprobs
     cuts = cut(experience, torch.arange(experience.layout.num_sequences), budget)
     assert torch.cat(cuts).tolist() == list(range(experience.layout.num_sequences))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from lorl.rollout.engine import Sampling
 from lorl.rollout.sampling import inverse_cdf, sample, truncate, uniforms
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
+
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import InfrastructureError, UserError
-from lorl.experience import Completion, Prompt
+from lorl.experience import Completion, Outcome, Prompt
 from lorl.packing import pack
-from lorl.experience import Outcome
 from lorl.policy.load import TRAINED, load_policy
 from lorl.policy.policy import Policy
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.torch_engine import TorchEngine
-from transformers import GenerationConfig
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,15 @@ def hf_greedy(policy: Policy, prompt: Prompt, adapter: str | None, limit: int) -
         return out[0, len(prompt.tokens) :].tolist()
     finally:
         policy._base.set_attn_implementation("lorl")
+
+
+def test_prompts_with_a_common_beginning_are_answered_as_alone(policy: Policy) -> None:
+    common = list(range(40, 60))
+    shared = [Request(Prompt(f"s{i}", common + p.tokens, ""), [i, i + 50]) for i, p in enumerate(prompts())]
+    sampling = Sampling(temperature=1.0, max_tokens=30)
+    together = run(TorchEngine(policy), shared, sampling)
+    alone = [completion for request in shared for completion in run(TorchEngine(policy), [request], sampling)]
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
 
 
 @pytest.mark.parametrize("adapter", [None, TRAINED])

@@ -31,9 +31,12 @@ class UpdateReport:
 
 
 class Workers(Protocol):
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
-    ) -> Iterator[Completion]:
+    @property
+    def reference(self) -> str | None:
+        """The adapter that KL is measured against; None is the base."""
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
         """Completions as they finish, from the published adapter or the base."""
         ...
 

@@ -135,7 +135,7 @@ def _fresh_config(config: AdapterConfig) -> LoraConfig:
 
 
 def _config_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments from a saved configuration. Newer peft adds keys; unknown ones are left out as peft does."""
+    """Constructor arguments from a saved configuration; keys of a newer peft are left out, as peft does."""
     known = LoraConfig.__dataclass_fields__
     return {key: value for key, value in raw.items() if key in known} | {"inference_mode": False}
 

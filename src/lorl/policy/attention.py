@@ -5,6 +5,7 @@ with the batch: a `ForestAttention` (packed training, scoring and prefill) or th
 own code, and its KV-cache classes, are not involved.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -55,15 +56,6 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
-def roots(forest: Forest) -> Tensor:
-    """int64[N]: the root segment of each segment's tree. Parents come before children, so one pass suffices."""
-    root = list(range(forest.parent.numel()))
-    for segment, parent in enumerate(forest.parent.tolist()):
-        if parent >= 0:
-            root[segment] = root[parent]
-    return torch.tensor(root, dtype=torch.int64)
-
-
 def ancestry(forest: Forest) -> Tensor:
     """bool[N, N]: `[i, j]` is true where segment j is segment i or one of its ancestors."""
     count = forest.parent.numel()
@@ -74,25 +66,53 @@ def ancestry(forest: Forest) -> Tensor:
     return seen
 
 
-class ForestAttention:
-    """Every tree of the forest attends within itself, each prompt once.
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Tokens [start, end), which attend among themselves and to the `context` tokens before them."""
 
-    On the CPU a tree is one call of scaled-dot-product attention with a dense mask (FlexAttention has no backward
-    there). On a GPU the whole forest is one FlexAttention call whose block mask skips what no token may see.
+    start: int
+    end: int
+    context: tuple[int, int] | None  # [start, end) of the root that they hang off
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[K, T, ...] -> [K, context + own, ...]."""
+        own = x[:, self.start : self.end]
+        return own if self.context is None else torch.cat([x[:, self.context[0] : self.context[1]], own], dim=1)
+
+
+def units(forest: Forest) -> list[Unit]:
+    """Cuts the forest into attention calls, in token order."""
+    parent, offsets = forest.parent.tolist(), forest.segments.tolist()
+    inner = {p for p in parent if p >= 0}  # segments with children
+    shared = {parent[s] for s in inner if parent[s] >= 0 and parent[parent[s]] < 0}  # roots above several prompts
+    found: list[Unit] = []
+    for segment, above in enumerate(parent):
+        start, end = offsets[segment], offsets[segment + 1]
+        if above < 0 or above in shared:
+            found.append(Unit(start, end, (offsets[above], offsets[above + 1]) if above >= 0 else None))
+        else:
+            found[-1] = replace(found[-1], end=end)
+    return [unit for unit in found if unit.start < unit.end]
+
+
+class ForestAttention:
+    """Every tree of the forest attends within itself, each shared segment once.
+
+    On the CPU the forest is a few calls of scaled-dot-product attention with dense masks (FlexAttention has no backward
+    there): one a tree, or, where a tree's root is itself shared by several prompts, one a prompt with the root's keys
+    in front. On a GPU it is one FlexAttention call whose block mask skips what no token may see.
     With `record` set, the keys and values of every layer are kept: that is how the engine fills its cache.
+
+    Segments must be in depth-first order: a segment's descendants follow it without a gap.
     """
 
     def __init__(self, forest: Forest, *, record: bool = False) -> None:
         device = forest.tokens.device
         lengths = (forest.segments[1:] - forest.segments[:-1]).to(torch.int64).cpu()
-        segment = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
-        self._root = roots(forest)
         self._ancestry = ancestry(forest).to(device)
-        self._segment = segment.to(device)
+        self._segment = torch.repeat_interleave(torch.arange(lengths.numel()), lengths).to(device)
         self._positions = forest.positions
-        trees = torch.bincount(self._root[segment], minlength=int(self._root.max()) + 1)
-        ends = trees[trees > 0].cumsum(0).tolist()
-        self._trees = list(zip([0, *ends[:-1]], ends, strict=True))
+        self._units = units(forest)
         self._masks: dict[int | None, Any] = {}
         self.recorded: dict[int, tuple[Tensor, Tensor]] | None = {} if record else None
 
@@ -107,10 +127,11 @@ class ForestAttention:
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         if window not in self._masks:
-            self._masks[window] = [self._allowed(slice(start, end), window) for start, end in self._trees]
+            self._masks[window] = [self._allowed(unit, window) for unit in self._units]
         pieces = []
-        for (start, end), mask in zip(self._trees, self._masks[window], strict=True):
-            q, k, v = (x[:, start:end].unsqueeze(0) for x in (query, key, value))
+        for unit, mask in zip(self._units, self._masks[window], strict=True):
+            q = query[None, :, unit.start : unit.end]
+            k, v = (unit.keys(x)[None] for x in (key, value))
             pieces.append(
                 F.scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -118,13 +139,14 @@ class ForestAttention:
             )
         return torch.cat(pieces, dim=1)
 
-    def _allowed(self, span: slice, window: int | None) -> Tensor | None:
-        """bool[L, L] for one tree; None where plain causal attention says the same (a lone segment)."""
-        segment, positions = self._segment[span], self._positions[span]
-        if window is None and bool((segment == segment[0]).all()):
+    def _allowed(self, unit: "Unit", window: int | None) -> Tensor | None:
+        """bool[queries, keys] of a unit; None where plain causal attention says the same (a lone segment)."""
+        segment, positions = (x[unit.start : unit.end] for x in (self._segment, self._positions))
+        if window is None and not unit.context and bool((segment == segment[0]).all()):
             return None
-        allowed = self._ancestry[segment[:, None], segment[None, :]] & (positions[:, None] >= positions[None, :])
-        return allowed if window is None else allowed & (positions[:, None] - positions[None, :] < window)
+        key_segment, key_positions = (unit.keys(x[None])[0] for x in (self._segment, self._positions))
+        allowed = self._ancestry[segment[:, None], key_segment] & (positions[:, None] >= key_positions)
+        return allowed if window is None else allowed & (positions[:, None] - key_positions < window)
 
     def _block_mask(self, window: int | None) -> Any:
         if window not in self._masks:

@@ -32,7 +32,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     path = resolve(config.path)
     device = pick_device(config)
     with _model_errors(config):
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,

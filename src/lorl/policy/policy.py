@@ -43,7 +43,7 @@ class Policy:
         self._head: nn.Module = base.get_output_embeddings()
         self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = next(base.parameters()).dtype
-        self._selected: str | None | Any = ...  # nothing yet
+        self._selected: Any = ...  # nothing yet
 
     @property
     def config(self) -> Any:
@@ -53,8 +53,9 @@ class Policy:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a completion: the generation configuration's, and the tokenizer's."""
-        declared = getattr(self._base.generation_config, "eos_token_id", None)
-        ids = set(declared if isinstance(declared, list) else [declared]) | {self.tokenizer.eos_token_id}
+        declared: Any = getattr(self._base.generation_config, "eos_token_id", None)
+        tokenizer: Any = self.tokenizer
+        ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
         return frozenset(token for token in ids if token is not None)
 
     def hidden(self, layout: attention.Layout, tokens: Tensor, positions: Tensor, *, adapter: str | None) -> Tensor:
@@ -88,9 +89,7 @@ class Policy:
         temperature = temperature or 1.0  # greedy rollouts are scored at temperature 1
         if self._plain_head:
             weight: Any = self._head.weight
-            found = linear_logprobs(
-                states.to(weight.dtype), weight, targets, temperature=temperature, entropy=entropy
-            )
+            found = linear_logprobs(states.to(weight.dtype), weight, targets, temperature=temperature, entropy=entropy)
         else:
             vocabulary = self.config.get_text_config().vocab_size
             found = head_logprobs(

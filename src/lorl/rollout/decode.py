@@ -39,27 +39,29 @@ class DecodeCache:
         """int64[B]: the position of each row's next token."""
         return self._prompt_lengths[self._group] + self._lengths
 
-    def admit(self, recorded: dict[int, tuple[Tensor, Tensor]], lengths: list[int], samples: list[int]) -> None:
-        """Adds groups whose prompts' keys and values lie end to end in `recorded` (layer -> ([K, sum P, D], same)).
+    def admit(self, recorded: dict[int, tuple[Tensor, Tensor]], paths: list[Tensor], samples: list[int]) -> None:
+        """Adds groups whose prompts' keys and values lie in `recorded` (layer -> ([K, T, D], the same)).
 
-        `lengths` and `samples` give each prompt's tokens and number of rows.
+        `paths` (int64[P_g] each) says where each prompt's tokens lie among the T, `samples` how many rows each has.
         """
         groups = self._prompt_lengths.numel()
         new_rows = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(samples)).to(self._device)
         self._group = torch.cat([self._group, new_rows + groups])
         self._lengths = torch.cat([self._lengths, torch.zeros_like(new_rows)])
-        self._prompt_lengths = torch.cat([self._prompt_lengths, torch.tensor(lengths, device=self._device)])
+        lengths = torch.tensor([len(path) for path in paths], device=self._device)
+        self._prompt_lengths = torch.cat([self._prompt_lengths, lengths])
+        index = torch.nn.utils.rnn.pad_sequence(paths, batch_first=True).to(self._device)  # [G, P], padding is masked
         for layer, (key, value) in recorded.items():
-            fresh = [_pad_prompts(x, lengths) for x in (key, value)]
+            prompt_k, prompt_v = (x[:, index].transpose(0, 1).contiguous() for x in (key, value))
             old = self._layers.get(layer)
             if old is None:
                 own = key.new_zeros(len(new_rows), key.shape[0], _FIRST_COLUMNS, key.shape[-1])
-                self._layers[layer] = _LayerCache(*fresh, own, torch.zeros_like(own))
+                self._layers[layer] = _LayerCache(prompt_k, prompt_v, own, torch.zeros_like(own))
                 continue
             own = old.own_k.new_zeros(len(new_rows), *old.own_k.shape[1:])
             self._layers[layer] = _LayerCache(
-                _stack_padded(old.prompt_k, fresh[0]),
-                _stack_padded(old.prompt_v, fresh[1]),
+                _stack_padded(old.prompt_k, prompt_k),
+                _stack_padded(old.prompt_v, prompt_v),
                 torch.cat([old.own_k, own]),
                 torch.cat([old.own_v, own]),
             )
@@ -73,10 +75,10 @@ class DecodeCache:
         self._prompt_lengths = self._prompt_lengths[groups]
         longest = int(self._prompt_lengths.max()) if groups.numel() else 0
         for layer, old in self._layers.items():
-            prompts = (old.prompt_k, old.prompt_v)
+            prompt_k, prompt_v = old.prompt_k, old.prompt_v
             if not whole:
-                prompts = tuple(x[groups, :, :longest] for x in prompts)
-            self._layers[layer] = _LayerCache(*prompts, old.own_k[rows], old.own_v[rows])
+                prompt_k, prompt_v = (x[groups, :, :longest] for x in (prompt_k, prompt_v))
+            self._layers[layer] = _LayerCache(prompt_k, prompt_v, old.own_k[rows], old.own_v[rows])
 
     def begin(self) -> None:
         """Prepares the step in which each row's next token is computed."""
@@ -142,14 +144,6 @@ class DecodeCache:
                 for seen in (own, prompt)
             )
         return self._biases[window]
-
-
-def _pad_prompts(x: Tensor, lengths: list[int]) -> Tensor:
-    """[K, sum P, D] -> [G, K, max P, D]. The padding is zero: it is masked, and must not be NaN."""
-    out = x.new_zeros(len(lengths), x.shape[0], max(lengths), x.shape[-1])
-    for row, piece in zip(out, x.split(lengths, dim=1), strict=True):
-        row[:, : piece.shape[1]] = piece
-    return out
 
 
 def _stack_padded(old: Tensor, new: Tensor) -> Tensor:

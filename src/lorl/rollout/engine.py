@@ -35,9 +35,7 @@ class Engine(Protocol):
         an engine that ends up with anything else raises InfrastructureError."""
         ...
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
-    ) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
         """Yields completions as they finish, in any order. `adapter=None` samples from the base."""
         ...
 

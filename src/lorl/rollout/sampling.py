@@ -26,10 +26,8 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
         truncation: the quantity that training computes.
     """
     log_p = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), dim=-1)
-    if sampling.temperature == 0:
-        tokens = log_p.argmax(-1)
-    else:
-        tokens = inverse_cdf(truncate(log_p.exp(), sampling), uniform)
+    greedy = sampling.temperature == 0
+    tokens = log_p.argmax(-1) if greedy else inverse_cdf(truncate(log_p.exp(), sampling), uniform)
     return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Completion, Finish, Forest
+from lorl.packing import pack_prompts
 from lorl.policy.attention import ForestAttention
 from lorl.policy.policy import Policy
 from lorl.rollout.decode import DecodeCache
@@ -53,9 +54,7 @@ class TorchEngine:
             )
         self._published[name] = (version, checksum)
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
-    ) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
         version = self._version(adapter)
         waiting = deque(requests)
         cache = DecodeCache(self._policy.device)
@@ -122,23 +121,24 @@ class TorchEngine:
         self, cache: DecodeCache, requests: list[Request], sampling: Sampling, adapter: str | None
     ) -> tuple[list[_Row], Tensor]:
         """Runs the prompts packed, once each. Returns their rows and the logits [B, V] of each row's first token."""
-        lengths = [len(request.prompt.tokens) for request in requests]
         samples = [len(request.seeds) for request in requests]
         device = self._policy.device
-        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        packed = pack_prompts([request.prompt for request in requests])
+        none = torch.empty(0, dtype=torch.int64)
         forest = Forest(
-            tokens=torch.tensor([token for request in requests for token in request.prompt.tokens], device=device),
-            positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
-            segments=offsets.to(torch.int32),
-            parent=torch.full((len(requests),), -1, dtype=torch.int32),
-            previous=torch.empty(0, dtype=torch.int64),
-            sampled=torch.empty(0, dtype=torch.int64),
+            tokens=torch.tensor(packed.tokens, device=device),
+            positions=torch.tensor(packed.positions, device=device),
+            segments=torch.tensor(packed.offsets, dtype=torch.int32),
+            parent=torch.tensor(packed.parent, dtype=torch.int32),
+            previous=none,
+            sampled=none,
         )
         layout = ForestAttention(forest, record=True)
         hidden = self._policy.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
         assert layout.recorded is not None
-        cache.admit(layout.recorded, lengths, samples)
-        logits = self._policy.logits(hidden[offsets[1:].to(device) - 1])
+        cache.admit(layout.recorded, packed.path, samples)
+        last = torch.stack([path[-1] for path in packed.path]).to(device)
+        logits = self._policy.logits(hidden[last])
         rows = [
             _Row(request, index, torch.from_numpy(uniforms(seed, sampling.max_tokens)))
             for request in requests

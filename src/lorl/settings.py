@@ -1,0 +1,334 @@
+"""From YAML and `key=value` to a checked RunConfig, with every mistake told in one sentence.
+
+One pipeline: the file is laid over the defaults, the overrides over the file (read by Hydra's own parser, so that
+verl's quoting holds here too), interpolations are resolved, and pydantic validates the result against `lorl.config`.
+Nothing here imports torch: a typo is answered before anything loads.
+"""
+
+import difflib
+import fnmatch
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import annotated_types
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from lorl.config import RunConfig
+from lorl.errors import UserError, nearest
+
+RESUME_FREE = (
+    "trainer.total_steps",
+    "trainer.total_epochs",
+    "trainer.trackers",
+    "trainer.eval_every",
+    "checkpoint.*",
+    "resume",
+    "reward.workers",
+    "run.*",
+)
+"""Patterns of keys that may differ when a run is resumed: none of them changes what an earlier step computed."""
+
+
+class Key(NamedTuple):
+    """One row of the configuration's reference."""
+
+    name: str  # dotted
+    type: str  # in words, with bounds
+    default: str  # as it would be written after `key=`
+    description: str
+
+
+def load(file: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run.
+
+    Args:
+        file: YAML, nested as RunConfig is; None for defaults alone. `${section.key}` refers to another key.
+        overrides: Hydra's `key=value` (`a.b=3`, `a=[x,y]`, `a=null`, `a="some text"`). `+key` and `++key` mean the same
+            as `key`; `~key` goes back to the default.
+
+    Raises:
+        UserError: for the first mistake found, with the nearest valid key or value, and how many more there are.
+    """
+    given = _read_yaml(Path(file)) if file is not None else {}
+    parser = OverridesParser.create()
+    for override in overrides:
+        _apply(given, override, parser)
+    tree = _overlay(RunConfig.model_validate({}).model_dump(), given)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:
+        place = f" (at {error.full_key})" if error.full_key else ""
+        raise UserError(f"cannot resolve ${{...}} in the config{place}: {_first_line(error)}") from None
+    try:
+        return RunConfig.model_validate(resolved)
+    except ValidationError as error:
+        raise UserError(_sentence(error, resolved)) from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML, in the schema's order; `load` gives an equal one back."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(config.model_dump())))
+
+
+def describe() -> list[Key]:
+    """Every key with its type, default and meaning, in the schema's order."""
+    defaults = _flat(RunConfig.model_validate({}).model_dump())
+    return [
+        Key(name, _words(field.annotation, field.metadata), _show(defaults[name]), field.description or "")
+        for name, field in _LEAVES.items()
+    ]
+
+
+def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, each with (old, new)."""
+    before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def resume_conflicts(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """`diff` without the keys of RESUME_FREE: what forbids to continue `old`'s run under `new`."""
+    return {
+        key: change
+        for key, change in diff(old, new).items()
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in RESUME_FREE)
+    }
+
+
+# Reading
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = f"; {nearest(str(path), siblings)}" if siblings else ""
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"config file {path} {what}{hint}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"config file {path}{line} is not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise UserError(f"config file {path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {path} holds a list; expected sections such as 'model:' and 'optim:'")
+    return {str(key): _section(value) if key in _SECTIONS else value for key, value in tree.items()}
+
+
+def _section(value: Any) -> Any:
+    """A section as YAML gave it, with its keys as text; one whose keys are all commented out reads as null."""
+    value = {} if value is None else value
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _apply(tree: dict[str, Any], override: str, parser: OverridesParser) -> None:
+    """Sets what one override says in the nested `tree`."""
+    try:
+        parsed = parser.parse_override(override)
+    except HydraException as error:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {override!r}: expected key=value") from None
+        quoted = value.strip("'\"").replace("'", "\\'")
+        raise UserError(
+            f"cannot read {override!r}: {_first_line(error)}; quote values that hold spaces or special characters, "
+            f"as in \"{key}='{quoted}'\""
+        ) from None
+    key = parsed.key_or_group
+    if parsed.package is not None or "/" in key or not key:
+        raise UserError(f"cannot read {override!r}: expected a dotted key such as optim.lr, got {key or 'none'!r}")
+    if parsed.is_sweep_override():
+        raise UserError(
+            f"{override!r} is a sweep; a run takes one value for a key (a list is written {key}=[a,b], and text that "
+            f"holds a comma {key}=\"'a,b'\")"
+        )
+    *path, last = key.split(".")
+    for part in path:
+        child = tree.get(part)
+        tree[part] = tree = dict(child) if isinstance(child, dict) else {}
+    if parsed.is_delete():
+        if "=" in override:
+            raise UserError(f"{override!r}: write ~{key} to go back to the default, or {key}=value to set it")
+        if not _is_known(key):
+            raise UserError(f"unknown key {key!r}; {_nearest_key(key)}")
+        tree.pop(last, None)
+        return
+    value = parsed.value()
+    if isinstance(value, int | float) and not isinstance(value, bool) and _takes_text(key):
+        value = override.partition("=")[2].strip()  # run.name=1e5 is a name, and 1e5 is how it was written
+    existing = tree.get(last)
+    tree[last] = _overlay(existing, value) if isinstance(existing, dict) and isinstance(value, dict) else value
+
+
+def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _escape(value: Any) -> Any:
+    """Text so that OmegaConf reads it back as it is: `${` would start an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escape(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+# The schema, flat
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+_LEAVES: dict[str, FieldInfo] = dict(_leaves(RunConfig))
+_SECTIONS = list(dict.fromkeys(key.partition(".")[0] for key in _LEAVES if "." in key))
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _lookup(tree, key) for key in _LEAVES}
+
+
+def _lookup(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _is_known(key: str) -> bool:
+    """Whether `key` is a section, a leaf, or lies in a leaf that takes any mapping (such as reward.kwargs)."""
+    if key in _SECTIONS or key in _LEAVES:
+        return True
+    return any(key.startswith(f"{leaf}.") and get_origin(field.annotation) is dict for leaf, field in _LEAVES.items())
+
+
+def _takes_text(key: str) -> bool:
+    annotation = _LEAVES[key].annotation if key in _LEAVES else None
+    return annotation is str or (get_origin(annotation) in (Union, UnionType) and str in get_args(annotation))
+
+
+def _nearest_key(key: str) -> str:
+    """A clause with the valid keys closest to `key`: by the last part above all, then by the section."""
+    section, _, name = key.rpartition(".")
+
+    def likeness(candidate: str) -> float:
+        other_section, _, other_name = candidate.rpartition(".")
+        likely = _ratio(name, other_name)
+        return 0.0 if likely < 0.5 else likely + (0.3 * _ratio(section, other_section) if section else 0.0)
+
+    scores = {candidate: likeness(candidate) for candidate in [*_LEAVES, *([] if section else _SECTIONS)]}
+    best = max(scores.values())
+    if best == 0:
+        inside = [leaf for leaf in _LEAVES if leaf.startswith(f"{section}.")]
+        return "valid: " + ", ".join(inside or RunConfig.model_fields)
+    return "did you mean " + " or ".join(repr(k) for k, score in scores.items() if best - score < 1e-9) + "?"
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+# Mistakes in words
+
+
+def _sentence(error: ValidationError, tree: Any) -> str:
+    """The first mistake, and how many keys are wrong besides."""
+    messages: dict[str, str] = {}  # by key: a union reports one error for each of its members
+    for detail in error.errors(include_url=False):
+        key = _key_of(detail)
+        messages.setdefault(key, _message(key, detail, tree))
+    first, *others = messages.values()
+    return first + (f" (and {len(others)} more mistake{'s' if len(others) > 1 else ''})" if others else "")
+
+
+def _key_of(detail: ErrorDetails) -> str:
+    """The dotted key that an error is about: the schema's leaf or section, or the unknown key."""
+    parts = [str(part) for part in detail["loc"]]
+    if detail["type"] == "extra_forbidden":
+        value = detail["input"]
+        while isinstance(value, dict) and value:  # what was written is `optm.lr`, not `optm`
+            part, value = next(iter(value.items()))
+            parts.append(str(part))
+        return ".".join(parts)
+    for length in range(1, len(parts)):
+        if ".".join(parts[:length]) in _LEAVES:
+            return ".".join(parts[:length])
+    return ".".join(parts)
+
+
+def _message(key: str, detail: ErrorDetails, tree: Any) -> str:
+    if detail["type"] == "value_error":  # the schema's own cross-field checks are sentences already
+        return detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        if key in _LEAVES:  # written flat, as in `optim.lr: 3e-5`
+            section, _, name = key.partition(".")
+            return f"key {key!r} is written flat; YAML nests it: '{section}:' and, indented below, '{name}: ...'"
+        return f"unknown key {key!r}; {_nearest_key(key)}"
+    value = _lookup(tree, key)
+    if key in _SECTIONS:
+        example = next(leaf for leaf in _LEAVES if leaf.startswith(f"{key}."))
+        return f"{key}={_show(value)}: {key!r} is a section; set its keys, such as {example}"
+    field = _LEAVES[key]
+    message = f"{key}={_show(value)}: expected {_words(field.annotation, field.metadata)}"
+    if get_origin(field.annotation) is Literal and isinstance(value, str):
+        close = difflib.get_close_matches(value, map(str, get_args(field.annotation)), n=1)
+        message += f"; did you mean {close[0]!r}?" if close else ""
+    elif isinstance(value, int | float) and _takes_text(key):
+        message += "; put it in quotes"
+    return message
+
+
+def _words(annotation: Any, constraints: Sequence[Any] = ()) -> str:
+    """A field's type and bounds as a reader would say them."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [c for extra in args[1:] for c in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
+        return _words(args[0], inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_words(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is list:
+        size = next((f"{c.min_length} " for c in constraints if isinstance(c, annotated_types.MinLen)), "")
+        item = _words(args[0])
+        return f"a list of {size}" + (
+            item if item == "text" else item.removeprefix("a ").replace("number", "numbers", 1)
+        )
+    if origin is dict:
+        return "a mapping"
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}[annotation]
+    symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [f"{symbols[k]} {getattr(c, k)}" for c in constraints for k in symbols if hasattr(c, k)]
+    return f"{name} {' and '.join(bounds)}".rstrip()
+
+
+def _show(value: Any) -> str:
+    """A value as it is written after `key=`, cut to what a message can hold. A numeral given as text is quoted."""
+    if isinstance(value, str):
+        text = value if value and not re.fullmatch(r"[-+.\d].*|true|false|null", value) else repr(value)
+    else:
+        text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -1,0 +1,22 @@
+"""What the tests of the reward pool share."""
+
+from pathlib import Path
+
+import psutil
+
+from lorl.experience import Outcome
+from lorl.rewards.pool import RewardPool, RewardRequest
+
+HOSTILE_FILE = str(Path(__file__).with_name("hostile_rewards.py"))
+SLACK_S = 15.0  # a busy machine; what is never ended takes for ever
+
+
+def left_behind() -> list[psutil.Process]:
+    """Processes below this one, and sleepers that a reward started, wherever they went."""
+    marked = [p for p in psutil.process_iter(["cmdline"]) if "lorl-test-child" in (p.info["cmdline"] or [])]
+    return [*psutil.Process().children(recursive=True), *marked]
+
+
+def ask(pool: RewardPool, *solutions: str) -> list[Outcome]:
+    futures = pool.submit([RewardRequest("test", solution) for solution in solutions])
+    return [future.result(timeout=60) for future in futures]
