@@ -120,7 +120,18 @@ class RewardConfig(Section):
 class AlgorithmConfig(Section):
     """What turns rewards into a gradient."""
 
-    advantage: str = "grpo"
+    preset: Literal["none", "dapo"] = Field(
+        default="none", description="A paper's recipe as defaults below what the file and the command line say"
+    )
+    path: str | None = Field(default=None, description="Python file with estimators and losses of your own")
+    advantage: str = Field(default="grpo", description="`lorl algorithms` lists all")
+    group_of_one: Literal["zero", "reward"] = Field(
+        default="zero", description="Advantage of a sample without peers; reward: its own reward, as verl"
+    )
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lam: Fraction = Field(default=1.0, description="gae: lambda")
+    whiten_advantages: bool = Field(default=True, description="gae, reinforce_plus_plus: zero mean, unit variance")
+    reward_weights: dict[str, float] | None = Field(default=None, description="gdpo: weight of each reward component")
     normalize_std: bool = Field(
         default=True, description="grpo: divide by the group's standard deviation; false: Dr. GRPO"
     )
@@ -130,6 +141,15 @@ class AlgorithmConfig(Section):
     clip_dual: Annotated[float, Field(gt=1)] | None = Field(
         default=3.0, description="Lower bound on the loss of negative advantages (dual-clip PPO); null: off"
     )
+    sapo_tau_positive: PositiveFloat = 1.0
+    sapo_tau_negative: PositiveFloat = 1.05
+    dppo_max_ratio: PositiveFloat = 20.0
+    dro_beta: PositiveFloat = 0.1
+    clip_cov_ratio: PositiveFloat = 2e-4
+    clip_cov_low: float = 1.0
+    clip_cov_high: float = 5.0
+    kl_cov_ratio: PositiveFloat = 2e-4
+    kl_cov_coef: NonNegativeFloat = 1.0
     aggregation: Literal[
         "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "token-mean"
@@ -139,14 +159,67 @@ class AlgorithmConfig(Section):
     kl_coef: NonNegativeFloat = 0.0
     kl_in: Literal["loss", "reward"] = "loss"
     kl_estimator: str = "k3"
+    kl_control: Literal["fixed", "adaptive"] = Field(
+        default="fixed", description="adaptive: steer kl_coef to kl_target"
+    )
+    kl_target: PositiveFloat = 0.1
+    kl_horizon: PositiveInt = Field(default=10_000, description="Samples over which the adaptive coefficient moves")
     reference: Literal["start", "base"] = Field(
         default="start", description="KL anchor: the adapter that training started from, or the base without adapter"
     )
     entropy_coef: float = 0.0
+    dynamic_sampling: bool = Field(
+        default=False, description="Replace groups without a gradient by fresh prompts until the step is full (DAPO)"
+    )
+    max_refills: PositiveInt = Field(default=10, description="dynamic_sampling: rounds before the step goes on short")
+    overlong_buffer_tokens: NonNegativeInt = Field(
+        default=0, description="Punish answers that run into the last so many of max_response_tokens (DAPO); 0: off"
+    )
+    overlong_penalty: NonNegativeFloat = Field(default=1.0, description="The punishment at the very end")
     epochs: PositiveInt = Field(default=1, description="Passes over each step's batch")
     minibatch_prompts: PositiveInt | None = Field(
         default=None, description="Prompts an optimizer step; null: the whole batch"
     )
+
+
+class CorrectionConfig(Section):
+    """What is done about the difference between the engine that samples and the policy that trains."""
+
+    preset: str = Field(default="disabled", description="A recipe by verl's name; the other keys refine it")
+    importance: Literal["token", "sequence"] | None = Field(
+        default=None, description="Importance weights; null: preset's"
+    )
+    upper: PositiveFloat | None = Field(default=None, description="Bound of the weights; null: the preset's")
+    lower: PositiveFloat | None = Field(default=None, description="With it, weights outside the bounds become zero")
+    normalize: bool = Field(default=False, description="Divide the weights by their mean over the batch")
+    reject: list[str] = Field(default_factory=list, description="Tests, such as seq_mean_k1:0.999_1.001; all must pass")
+    bypass: bool | None = Field(default=None, description="Take the engine's log-probabilities as the old ones")
+    bypass_loss: Literal["ppo_clip", "reinforce"] | None = None
+
+
+class CriticConfig(Section):
+    """PPO's value function: a second adapter with a value head on the same base (advantage=gae)."""
+
+    rank: PositiveInt | None = Field(default=None, description="null: the policy adapter's; likewise below")
+    alpha: PositiveFloat | None = None
+    target_modules: str | list[str] | None = None
+    path: str | None = Field(default=None, description="Start from this critic folder of a checkpoint")
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = Field(default=0, description="Steps in which only the critic learns")
+    epochs: PositiveInt = 1
+    value_clip: PositiveFloat | None = Field(default=0.5, description="Largest move of a value in one step; null: off")
+    max_grad_norm: PositiveFloat | None = 1.0
+
+
+class RewardModelConfig(Section):
+    """A learned reward beside or instead of the rule."""
+
+    path: str | None = Field(
+        default=None, description="An adapter with a score head (`lorl train-reward`), or a sequence classifier"
+    )
+    weight: float = Field(default=1.0, description="Factor of its score")
+    rule_weight: float = Field(default=1.0, description="Factor of the rule's reward; 0: no rule is asked")
 
 
 class OptimConfig(Section):
@@ -219,7 +292,10 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
+    reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    correction: CorrectionConfig = Field(default_factory=CorrectionConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
