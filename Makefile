@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# what `install` makes is a file, so that it runs once
 .PHONY: help install demo test test-slow test-gpu lint clean
 
 help:
@@ -20,8 +21,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
+# What a user would type, one command a line. A second `make demo` goes on, or shows the report again.
+SEED ?= 0
+DEMO := .demo/seed-$(SEED)
+
 demo: install
-	$(BIN)/python examples/demo.py
+	test -f .demo/data/train.parquet || $(BIN)/lorl data task number_sorting --output .demo/data \
+	  --option min_numbers=3 --option max_numbers=3 --option min_value=10 --option max_value=99 \
+	  --option max_decimals=0 --where direction=ascending --train 4096 --val 256 --shots 3 \
+	  --template 'Sort {direction}: {original_numbers}' --answer-template '[{sorted_numbers}]'
+	test -f $(DEMO)/summary.json || $(BIN)/lorl train examples/demo.yaml seed=$(SEED) run.name=seed-$(SEED)
+	$(BIN)/lorl report $(DEMO)
 
 test: install lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -160,14 +160,17 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-def prune(root: Path, keep: int, protect: Iterable[int] = ()) -> list[int]:
+def prune(root: Path, keep: int | None, protect: Iterable[int] = ()) -> list[int]:
     """Removes the steps older than the newest `keep`, less those in `protect`. Call it once a newer one is committed.
+    None keeps all.
 
     Folders that are not whole (by names and sizes) don't count towards `keep`: pruning never leaves damaged ones alone.
 
     Returns:
         The steps that were removed. What cannot be removed stays, with a warning.
     """
+    if keep is None:
+        return []
     whole, removed, protected = 0, [], set(protect)
     for folder in _steps(root):
         step = _step_of(folder)

@@ -27,6 +27,7 @@ model_app = typer.Typer(no_args_is_help=True, help="Models that lorl fetches by 
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 
+_UsageError: Any = typer.BadParameter.__base__  # click's, or typer's own copy of click's; neither exports it
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FILE.yaml] [KEY=VALUE]...", show_default=False)]
 
 
@@ -38,7 +39,7 @@ def _split(words: list[str] | None) -> tuple[Path | None, list[str]]:
     return None, words
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command()
 def train(
     words: _Overrides = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved YAML and end")] = False,
@@ -201,7 +202,7 @@ def model_list() -> None:
     from lorl.policy.fetch import FETCHABLE, cached
 
     for name, recipe in FETCHABLE.items():
-        typer.echo(f"{name:16} {'here' if cached(name) else 'not fetched'}  {recipe.description}")
+        typer.echo(f"{name:16} {'here' if cached(name) else 'not fetched'}  {recipe.title}")
 
 
 def _print_summary(summary: dict[str, Any], folder: Path, console: Any) -> None:
@@ -219,20 +220,23 @@ def _print_summary(summary: dict[str, Any], folder: Path, console: Any) -> None:
 def main() -> None:
     """The `lorl` command: one sentence and an exit code instead of a traceback for every error that lorl foresees."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except LorlError as error:
         _fail(str(error), error.exit_code)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
+    except _UsageError as error:
+        if not error.format_message():  # a bare `lorl` or `lorl data`: its help has been printed
+            sys.exit(UserError.exit_code)
+        _fail(_usage(error), UserError.exit_code)
     except typer.Abort:
         _fail("stopped", 130)
     except KeyboardInterrupt:
         _fail("stopped before there was anything to save", 130)
-    except Exception as error:
-        if type(error).__module__.startswith("click"):  # usage: typer's own words
-            error.show()  # type: ignore[attr-defined]
-            sys.exit(UserError.exit_code)
-        raise
+
+
+def _usage(error: Any) -> str:
+    """What typer says of a command line that it cannot read, and where to look."""
+    command = error.ctx.command_path if error.ctx else "lorl"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
 
 
 def _fail(text: str, code: int) -> None:

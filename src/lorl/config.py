@@ -88,6 +88,7 @@ class RolloutConfig(Section):
     min_p: Fraction = 0.0
     stop: list[str] = Field(default_factory=list, description="Strings that end a completion; not part of its text")
     max_response_tokens: PositiveInt = 512
+    ignore_eos: bool = Field(default=False, description="Sample on to max_response_tokens: for measuring speed")
     max_concurrent: PositiveInt = Field(default=256, description="Sequences decoded at a time")
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.4, description="Share of the device's memory that the KV cache may take"
@@ -239,7 +240,8 @@ class ParallelConfig(Section):
     """How the work is spread."""
 
     strategy: Literal["auto", "local"] = Field(default="auto", description="local: this process, one device")
-    gpus: PositiveInt = 1
+    gpus: PositiveInt = Field(default=1, description="Of each node")
+    nodes: PositiveInt = 1
     microbatch_tokens: PositiveInt = Field(default=8192, description="Packed tokens in one forward and backward pass")
     threads: PositiveInt | None = Field(default=None, description="CPU threads of torch; null: all cores")
 
@@ -271,8 +273,8 @@ class EvalConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: PositiveInt | None = Field(default=10, description="null: at the end (and when stopped) only")
-    keep: PositiveInt = Field(
-        default=3, description="Newest checkpoints kept; the best by validation accuracy is kept besides"
+    keep: PositiveInt | None = Field(
+        default=3, description="Newest checkpoints kept (null: all); the best by validation accuracy is kept besides"
     )
     keep_best: bool = True
 
@@ -320,10 +322,6 @@ class RunConfig(Section):
             )
         if self.algorithm.clip_low >= 1:
             raise ValueError(f"algorithm.clip_low={self.algorithm.clip_low} must be below 1 (the ratio is positive)")
-        if self.parallel.gpus > 1:
-            raise ValueError(
-                f"parallel.gpus={self.parallel.gpus} needs the Ray workers, which this version does not have; use 1"
-            )
         if self.eval.temperature == 0 and self.eval.n > 1:
             raise ValueError(f"eval.n={self.eval.n} greedy samples are all equal; set eval.temperature above 0")
         return self

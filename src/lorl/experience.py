@@ -27,6 +27,7 @@ class Prompt:
     data_source: str = ""  # picks the built-in reward, as in verl
     ground_truth: Any = None
     extra_info: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, Any]] = field(default_factory=list)  # for a reward model with a chat template of its own
 
 
 Finish = Literal["stop", "length", "failed"]
@@ -115,3 +116,18 @@ class Experience:
     values: Tensor | None = None  # float32[M]
     advantages: Tensor | None = None  # float32[M]
     returns: Tensor | None = None  # float32[M]
+    weights: Tensor | None = None  # float32[M], rollout correction's factors of the policy loss; None: ones
+    kept: Tensor | None = None  # bool[M], tokens that rollout correction leaves in the loss; None: all
+    selected: Tensor | None = None  # bool[M], tokens that the policy loss treats apart
+
+
+COMPUTED = (
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "advantages",
+    "returns",
+    "weights",
+    "kept",
+    "selected",
+)  # the arrays over M that an Experience may lack

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorl.experience import Completion, Experience, Forest, Outcome, Prompt, Sampled
+from lorl.experience import COMPUTED, Completion, Experience, Forest, Outcome, Prompt, Sampled
 
 MIN_SHARED_PREFIX = 8  # tokens; below this a segment of its own isn't worth its attention call
 
@@ -140,7 +140,7 @@ def select(experience: Experience, sequences: Tensor) -> Experience:
         rollout_logprobs=experience.rollout_logprobs[keep_sampled],
         version=experience.version,
     )
-    for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
+    for name in COMPUTED:
         array = getattr(experience, name)
         if array is not None:
             setattr(part, name, array[keep_sampled])

@@ -77,6 +77,7 @@ def training_sampling(config: RolloutConfig) -> Sampling:
         min_p=config.min_p,
         stop=config.stop,
         max_tokens=config.max_response_tokens,
+        ignore_eos=config.ignore_eos,
     )
 
 

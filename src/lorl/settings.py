@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -64,6 +64,11 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     parser = OverridesParser.create()
     for override in overrides:
         _apply(given, override, parser)
+    return validate(given)
+
+
+def validate(given: Mapping[str, Any]) -> RunConfig:
+    """`given`, nested as RunConfig is, over the defaults. Raises UserError as `load` does."""
     tree = _overlay(RunConfig.model_validate({}).model_dump(), given)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
@@ -76,6 +81,15 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(_sentence(error, resolved)) from None
 
 
+def parse_values(words: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words of any keys, read as overrides are: `n=3` is a number, `a.b=x` nests. Raises UserError."""
+    tree: dict[str, Any] = {}
+    parser = OverridesParser.create()
+    for word in words:
+        _apply(tree, word, parser)
+    return tree
+
+
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML, in the schema's order; `load` gives an equal one back."""
     return OmegaConf.to_yaml(OmegaConf.create(_escape(config.model_dump())))
@@ -85,7 +99,7 @@ def describe() -> list[Key]:
     """Every key with its type, default and meaning, in the schema's order."""
     defaults = _flat(RunConfig.model_validate({}).model_dump())
     return [
-        Key(name, _words(field.annotation, field.metadata), _show(defaults[name]), field.description or "")
+        Key(name, in_words(field.annotation, field.metadata), shown(defaults[name]), field.description or "")
         for name, field in _LEAVES.items()
     ]
 
@@ -132,41 +146,55 @@ def _section(value: Any) -> Any:
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _apply(tree: dict[str, Any], override: str, parser: OverridesParser) -> None:
-    """Sets what one override says in the nested `tree`."""
+class Override(NamedTuple):
+    """One word of the command line, read."""
+
+    key: str  # dotted
+    value: Any
+    text: str  # what was written after "="
+    delete: bool  # ~key
+
+
+def parse_override(word: str, parser: OverridesParser | None = None) -> Override:
+    """Reads Hydra's `key=value`, `+key=value`, `++key=value` or `~key`. Raises UserError."""
     try:
-        parsed = parser.parse_override(override)
+        parsed = (parser or OverridesParser.create()).parse_override(word)
     except HydraException as error:
-        key, equals, value = override.partition("=")
+        key, equals, value = word.partition("=")
         if not equals:
-            raise UserError(f"cannot read {override!r}: expected key=value") from None
+            raise UserError(f"cannot read {word!r}: expected key=value") from None
         quoted = value.strip("'\"").replace("'", "\\'")
         raise UserError(
-            f"cannot read {override!r}: {_first_line(error)}; quote values that hold spaces or special characters, "
+            f"cannot read {word!r}: {_first_line(error)}; quote values that hold spaces or special characters, "
             f"as in \"{key}='{quoted}'\""
         ) from None
     key = parsed.key_or_group
     if parsed.package is not None or "/" in key or not key:
-        raise UserError(f"cannot read {override!r}: expected a dotted key such as optim.lr, got {key or 'none'!r}")
+        raise UserError(f"cannot read {word!r}: expected a dotted key such as optim.lr, got {key or 'none'!r}")
     if parsed.is_sweep_override():
         raise UserError(
-            f"{override!r} is a sweep; a run takes one value for a key (a list is written {key}=[a,b], and text that "
+            f"{word!r} is a sweep; a run takes one value for a key (a list is written {key}=[a,b], and text that "
             f"holds a comma {key}=\"'a,b'\")"
         )
+    if parsed.is_delete() and "=" in word:
+        raise UserError(f"{word!r}: write ~{key} to go back to the default, or {key}=value to set it")
+    return Override(key, parsed.value(), word.partition("=")[2].strip(), parsed.is_delete())
+
+
+def _apply(tree: dict[str, Any], word: str, parser: OverridesParser) -> None:
+    """Sets what one override says in the nested `tree`."""
+    key, value, text, delete = parse_override(word, parser)
     *path, last = key.split(".")
     for part in path:
         child = tree.get(part)
         tree[part] = tree = dict(child) if isinstance(child, dict) else {}
-    if parsed.is_delete():
-        if "=" in override:
-            raise UserError(f"{override!r}: write ~{key} to go back to the default, or {key}=value to set it")
+    if delete:
         if not _is_known(key):
             raise UserError(f"unknown key {key!r}; {_nearest_key(key)}")
         tree.pop(last, None)
         return
-    value = parsed.value()
     if isinstance(value, int | float) and not isinstance(value, bool) and _takes_text(key):
-        value = override.partition("=")[2].strip()  # run.name=1e5 is a name, and 1e5 is how it was written
+        value = text  # run.name=1e5 is a name, and 1e5 is how it was written
     existing = tree.get(last)
     tree[last] = _overlay(existing, value) if isinstance(existing, dict) and isinstance(value, dict) else value
 
@@ -227,7 +255,16 @@ def _takes_text(key: str) -> bool:
 
 
 def _nearest_key(key: str) -> str:
-    """A clause with the valid keys closest to `key`: by the last part above all, then by the section."""
+    """A clause with the valid keys closest to `key`, or the valid ones of its section."""
+    section = key.rpartition(".")[0]
+    if found := closest_keys(key, [*_LEAVES, *([] if section else _SECTIONS)]):
+        return "did you mean " + " or ".join(map(repr, found)) + "?"
+    inside = [leaf for leaf in _LEAVES if leaf.startswith(f"{section}.")]
+    return "valid: " + ", ".join(inside or RunConfig.model_fields)
+
+
+def closest_keys(key: str, candidates: Iterable[str]) -> list[str]:
+    """The dotted `candidates` closest to `key`: by the last part above all, then by the section. Empty: none is."""
     section, _, name = key.rpartition(".")
 
     def likeness(candidate: str) -> float:
@@ -235,12 +272,9 @@ def _nearest_key(key: str) -> str:
         likely = _ratio(name, other_name)
         return 0.0 if likely < 0.5 else likely + (0.3 * _ratio(section, other_section) if section else 0.0)
 
-    scores = {candidate: likeness(candidate) for candidate in [*_LEAVES, *([] if section else _SECTIONS)]}
+    scores = {candidate: likeness(candidate) for candidate in candidates}
     best = max(scores.values())
-    if best == 0:
-        inside = [leaf for leaf in _LEAVES if leaf.startswith(f"{section}.")]
-        return "valid: " + ", ".join(inside or RunConfig.model_fields)
-    return "did you mean " + " or ".join(repr(k) for k, score in scores.items() if best - score < 1e-9) + "?"
+    return [k for k, score in scores.items() if best - score < 1e-9] if best else []
 
 
 def _ratio(a: str, b: str) -> float:
@@ -286,9 +320,9 @@ def _message(key: str, detail: ErrorDetails, tree: Any) -> str:
     value = _lookup(tree, key)
     if key in _SECTIONS:
         example = next(leaf for leaf in _LEAVES if leaf.startswith(f"{key}."))
-        return f"{key}={_show(value)}: {key!r} is a section; set its keys, such as {example}"
+        return f"{key}={shown(value)}: {key!r} is a section; set its keys, such as {example}"
     field = _LEAVES[key]
-    message = f"{key}={_show(value)}: expected {_words(field.annotation, field.metadata)}"
+    message = f"{key}={shown(value)}: expected {in_words(field.annotation, field.metadata)}"
     if get_origin(field.annotation) is Literal and isinstance(value, str):
         close = difflib.get_close_matches(value, map(str, get_args(field.annotation)), n=1)
         message += f"; did you mean {close[0]!r}?" if close else ""
@@ -297,19 +331,19 @@ def _message(key: str, detail: ErrorDetails, tree: Any) -> str:
     return message
 
 
-def _words(annotation: Any, constraints: Sequence[Any] = ()) -> str:
+def in_words(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     """A field's type and bounds as a reader would say them."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [c for extra in args[1:] for c in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
-        return _words(args[0], inner)
+        return in_words(args[0], inner)
     if origin in (Union, UnionType):
-        return " or ".join(_words(arg) for arg in args)
+        return " or ".join(in_words(arg) for arg in args)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is list:
         size = next((f"{c.min_length} " for c in constraints if isinstance(c, annotated_types.MinLen)), "")
-        item = _words(args[0])
+        item = in_words(args[0])
         return f"a list of {size}" + (
             item if item == "text" else item.removeprefix("a ").replace("number", "numbers", 1)
         )
@@ -321,7 +355,7 @@ def _words(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     return f"{name} {' and '.join(bounds)}".rstrip()
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it is written after `key=`, cut to what a message can hold. A numeral given as text is quoted."""
     if isinstance(value, str):
         text = value if value and not re.fullmatch(r"[-+.\d].*|true|false|null", value) else repr(value)

@@ -105,6 +105,11 @@ def check(config: RunConfig) -> None:
             "data.train is not set: name a parquet or JSON-lines file of prompts, for instance "
             "data.train=data/train.parquet (`lorl data --help` makes one)."
         )
+    if config.parallel.gpus * config.parallel.nodes > 1:
+        raise UserError(
+            f"parallel.gpus={config.parallel.gpus} on parallel.nodes={config.parallel.nodes}: this version of lorl trains "
+            "on one GPU; set both to 1."
+        )
     trackers.check(config.trainer.trackers)
     estimator = get_advantage(config.algorithm.advantage)
     get_policy_loss(config.algorithm.policy_loss)

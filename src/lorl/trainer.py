@@ -154,7 +154,8 @@ class Trainer:
         algorithm, batch = self.config.algorithm, self.config.data.prompts_per_step
         updates = algorithm.epochs * (batch // (algorithm.minibatch_prompts or batch))
         kl_in_reward = algorithm.kl_coef > 0 and algorithm.kl_in == "reward"
-        if updates > 1 or kl_in_reward:  # a single update is exactly on-policy: its own pass gives them
+        if updates > 1 or kl_in_reward or self.config.adapter.dropout > 0:
+            # Else a single update is exactly on-policy: its own pass gives them.
             experience.old_logprobs = self.workers.logprobs(experience, adapter=TRAINED)
         if algorithm.kl_coef > 0:
             experience.ref_logprobs = self.workers.logprobs(experience, adapter=self.workers.reference)

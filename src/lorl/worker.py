@@ -131,7 +131,8 @@ class Worker:
             loss.backward()
             losses.append(float(loss.detach()))
             report.trained_tokens += part.forest.tokens.numel()
-            differences.append((logprobs - part.rollout_logprobs).abs())
+            own = logprobs if part.old_logprobs is None else part.old_logprobs  # dropout is not a mismatch
+            differences.append((own - part.rollout_logprobs).abs())
         if not losses:
             return None  # every group's rewards are equal: no gradient, and no step on momentum alone
         if first:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lorl.config import DataConfig
-from lorl.data.rows import BadRowError, Question, check_columns, parse_row
+from lorl.data.rows import BadRowError, Message, Question, check_columns, parse_row
 from lorl.data.sources import Row, one_line, read_rows
 from lorl.errors import UserError
 from lorl.experience import Prompt
@@ -69,8 +69,9 @@ def load_prompts(
     for row in rows:
         try:
             question = parse_row(row, config)
-            text = _render(question, config, tokenizer)
-            rendered.append(_Rendered(row.where, ids.assign(question, row.where), question, text))
+            messages = _messages(question, config)
+            text = _render(messages, config, tokenizer)
+            rendered.append(_Rendered(row.where, ids.assign(question, row.where), question, messages, text))
         except BadRowError as error:
             skipped.append(RowNote(row.where, str(error)))
     if skipped and config.bad_rows == "error":
@@ -100,6 +101,7 @@ class _Rendered:
     where: str
     id: str
     question: Question
+    messages: list[Message]
     text: str
 
 
@@ -120,10 +122,14 @@ class _Ids:
         return content if seen == 1 else f"{content}-{seen}"
 
 
-def _render(question: Question, config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> str:
-    messages = question.messages
-    if config.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+def _messages(question: Question, config: DataConfig) -> list[Message]:
+    """With the run's system prompt, where the row has none."""
+    if config.system_prompt is None or question.messages[0]["role"] in ("system", "developer"):
+        return question.messages
+    return [{"role": "system", "content": config.system_prompt}, *question.messages]
+
+
+def _render(messages: list[Message], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> str:
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in messages)
     try:
@@ -154,7 +160,15 @@ def _tokenize(
             text = str(tokenizer.decode(tokens))
         question = item.question
         done.prompts.append(
-            Prompt(item.id, tokens, text, question.data_source, question.ground_truth, question.extra_info)
+            Prompt(
+                item.id,
+                tokens,
+                text,
+                question.data_source,
+                question.ground_truth,
+                question.extra_info,
+                item.messages,
+            )
         )
     if done.skipped and config.overlong == "error":
         raise UserError(

@@ -44,6 +44,29 @@ def attach_copy(peft: PeftModel, source: str, name: str) -> None:
     load_tensors(peft, name, tensors, f"adapter {source!r}")
 
 
+def add(peft: PeftModel, name: str, lora: LoraConfig, seed: int) -> None:
+    """Adds a fresh adapter beside those that `peft` has; its values depend on `seed` and `name` alone."""
+    _check_targets(peft.get_base_model(), lora)
+    with torch.random.fork_rng():
+        torch.manual_seed(stable_seed(seed, "adapter", name))
+        try:
+            peft.add_adapter(name, lora)
+        except ValueError as error:  # what else peft refuses, in its words
+            raise UserError(f"adapter {name!r}: {_first_sentence(error)}") from None
+
+
+def like(lora: LoraConfig, *, rank: int | None, alpha: float | None, targets: str | list[str] | None) -> LoraConfig:
+    """A configuration as `lora`, but for what is given."""
+    fields = _config_fields(lora.to_dict())
+    if rank is not None:
+        fields |= {"r": rank, "rank_pattern": {}}
+    if alpha is not None:
+        fields |= {"lora_alpha": alpha, "alpha_pattern": {}}
+    if targets is not None:
+        fields |= {"target_modules": targets}
+    return LoraConfig(**fields)
+
+
 def layers(peft: PeftModel) -> list[BaseTunerLayer]:
     return [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]
 
@@ -80,11 +103,11 @@ def load_tensors(peft: PeftModel, name: str, tensors: dict[str, Tensor], origin:
     set_peft_model_state_dict(peft, tensors, adapter_name=name)
 
 
-def read_config(folder: Path) -> LoraConfig:
-    """The `adapter_config.json` of a peft folder as a trainable LoraConfig."""
+def read_config(folder: Path, key: str = "adapter.path") -> LoraConfig:
+    """The `adapter_config.json` of a peft folder as a trainable LoraConfig; `key` is what named it, for messages."""
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise UserError(f"adapter.path={str(folder)!r} holds no adapter_config.json; name a folder that peft saved.")
+        raise UserError(f"{key}={str(folder)!r} holds no adapter_config.json; name a folder that peft saved.")
     try:
         raw = json.loads(path.read_text())
         if raw.get("peft_type") != "LORA":
@@ -94,11 +117,11 @@ def read_config(folder: Path) -> LoraConfig:
         raise UserError(f"{path} is not a peft adapter configuration: {_first_sentence(error)}") from None
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, key: str = "adapter.path") -> dict[str, Tensor]:
     """The tensors of a peft folder, from safetensors only (a pickled adapter_model.bin could run code)."""
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise UserError(f"adapter.path={str(folder)!r} holds no adapter_model.safetensors; save it with peft >= 0.5.")
+        raise UserError(f"{key}={str(folder)!r} holds no adapter_model.safetensors; save it with peft >= 0.5.")
     try:
         return load_file(str(path))
     except Exception as error:  # safetensors' own error type is not exported; whatever it says, the file is unreadable
@@ -142,7 +165,8 @@ def _config_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _check_targets(model: nn.Module, lora: LoraConfig) -> None:
     """Every named target and exclusion must match a module: peft only complains when none does."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name.removesuffix(".base_layer") for name in linear if ".lora_" not in name]  # other adapters may be there
     leaves = {name.rsplit(".", 1)[-1] for name in names}
     for field in ("target_modules", "exclude_modules"):
         wanted = getattr(lora, field)

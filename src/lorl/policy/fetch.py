@@ -89,6 +89,11 @@ def resolve(path: str) -> str:
     )
 
 
+def cached(name: str) -> bool:
+    """Whether the model `name` of FETCHABLE lies in the cache."""
+    return _is_model(cache_dir() / "models" / name)
+
+
 def fetch(name: str) -> Path:
     """Bring the model `name` into the cache, unless it is there, and return its folder.
 

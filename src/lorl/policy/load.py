@@ -4,12 +4,15 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import UserError
 from lorl.policy import adapters, attention
 from lorl.policy.fetch import resolve
 from lorl.policy.policy import Policy
+
+transformers_logging.disable_progress_bar()  # its bars tear the console's own, and fill log files with control codes
 
 TRAINED = "policy"
 REFERENCE = "reference"

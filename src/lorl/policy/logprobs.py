@@ -24,7 +24,13 @@ CHUNK_ELEMENTS = 1 << 25  # logits of one chunk: 128 MiB in float32
 class _LinearLogprobs(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, need_entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        need_entropy: bool,
+        squares: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """hidden [M, d], weight [V, d], targets int64[M] -> log-probabilities float32[M], entropies float32[M]."""
         need_grad = ctx.needs_input_grad[0]
@@ -35,9 +41,11 @@ class _LinearLogprobs(Function):
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
             log_p = torch.log_softmax((hidden[rows] @ weight.T).to(logprobs.dtype) / temperature, dim=-1)
             logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
-            if not need_grad and not need_entropy:
+            if not need_grad and not need_entropy and squares is None:
                 continue
             p = log_p.exp()
+            if squares is not None:
+                squares[rows] = p.square().sum(-1)
             if need_entropy:
                 entropy[rows] = -(p * log_p).sum(-1)
             if toward is not None:
@@ -54,11 +62,17 @@ class _LinearLogprobs(Function):
         grad = toward * grad_logprobs.unsqueeze(1).to(toward.dtype)
         if spread is not None:
             grad += spread * grad_entropy.unsqueeze(1).to(spread.dtype)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    squares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (and entropies) under a frozen, bias-free linear head.
 
@@ -66,11 +80,12 @@ def linear_logprobs(
         hidden: [M, d], the states that predict the targets.
         weight: [V, d], frozen: it gets no gradient.
         targets: int64[M].
+        squares: float32[M] that takes sum_v p_v^2 of each row; no gradient runs through it.
 
     Returns:
         float32[M] log-probabilities of the targets at `temperature`; float32[M] entropies in nats, or None.
     """
-    logprobs, entropies = _LinearLogprobs.apply(hidden, weight, targets, temperature, entropy)  # type: ignore[misc]
+    logprobs, entropies = _LinearLogprobs.apply(hidden, weight, targets, temperature, entropy, squares)  # type: ignore[misc]
     return logprobs, entropies if entropy else None
 
 
@@ -82,11 +97,14 @@ def head_logprobs(
     vocabulary: int,
     temperature: float = 1.0,
     entropy: bool = False,
+    squares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same for any head (adapted, biased, soft-capped), which each chunk's backward pass computes again."""
 
-    def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(states: Tensor, wanted: Tensor, squares: Tensor | None) -> tuple[Tensor, Tensor]:
         log_p = torch.log_softmax(head(states).to(_wide(states.dtype)) / temperature, dim=-1)
+        if squares is not None:
+            squares.copy_(log_p.detach().exp().square().sum(-1))
         entropies = -(log_p.exp() * log_p).sum(-1) if entropy else log_p.new_zeros(len(wanted))
         return log_p.gather(1, wanted[:, None]).squeeze(1), entropies
 
@@ -94,7 +112,7 @@ def head_logprobs(
         empty = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
         return empty, empty if entropy else None
     pieces = [
-        checkpoint(chunk, hidden[rows], targets[rows], use_reentrant=False)
+        checkpoint(chunk, hidden[rows], targets[rows], None if squares is None else squares[rows], use_reentrant=False)
         for rows in _chunks(hidden.shape[0], vocabulary)
     ]
     logprobs, entropies = (torch.cat(columns) for columns in zip(*pieces, strict=True))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +22,18 @@ class Scores:
 
     logprobs: Tensor  # float32[M]
     entropy: Tensor | None  # float32[M], nats
+    sum_pi_squared: Tensor | None = None  # float32[M], sum over the vocabulary of the squared probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class _ScalarHead:
+    """A linear map from hidden states to a number, float32, that belongs to one adapter."""
+
+    name: str  # prefix of its tensors in the adapter's file: NAME.weight, NAME.bias
+    module: nn.Linear
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{self.name}.{key}": parameter for key, parameter in self.module.named_parameters()}
 
 
 class Policy:
@@ -43,6 +55,8 @@ class Policy:
         self._head: nn.Module = base.get_output_embeddings()
         self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = next(base.parameters()).dtype
+        self._scalar_heads: dict[str, _ScalarHead] = {}
+        self._learning = {trained}
         self._selected: Any = ...  # nothing yet
 
     @property
@@ -75,7 +89,13 @@ class Policy:
         return out if cap is None else cap * torch.tanh(out / cap)
 
     def logprobs(
-        self, forest: Forest, *, adapter: str | None, temperature: float = 1.0, entropy: bool = False
+        self,
+        forest: Forest,
+        *,
+        adapter: str | None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        sum_pi_squared: bool = False,
     ) -> Scores:
         """Log-probabilities of the forest's sampled tokens under `adapter`, at the sampling temperature.
 
@@ -86,16 +106,28 @@ class Policy:
         states = self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
         states = states[forest.previous[forest.sampled]]
         targets = forest.tokens[forest.sampled]
-        temperature = temperature or 1.0  # greedy rollouts are scored at temperature 1
+        wanted: dict[str, Any] = {
+            "temperature": temperature or 1.0,  # greedy rollouts are scored at temperature 1
+            "entropy": entropy,
+            "squares": torch.zeros(len(targets), device=self.device) if sum_pi_squared else None,
+        }
         if self._plain_head:
             weight: Any = self._head.weight
-            found = linear_logprobs(states.to(weight.dtype), weight, targets, temperature=temperature, entropy=entropy)
+            found = linear_logprobs(states.to(weight.dtype), weight, targets, **wanted)
         else:
             vocabulary = self.config.get_text_config().vocab_size
-            found = head_logprobs(
-                states, self.logits, targets, vocabulary=vocabulary, temperature=temperature, entropy=entropy
-            )
-        return Scores(*found)
+            found = head_logprobs(states, self.logits, targets, vocabulary=vocabulary, **wanted)
+        return Scores(*found, wanted["squares"])
+
+    def scalars(self, forest: Forest, at: Tensor, *, adapter: str) -> Tensor:
+        """What the adapter's scalar head reads off the hidden states of tokens `at`: int64[K] -> float32[K].
+
+        A critic's value of the state before a sampled token is read at the token before it,
+        `forest.previous[forest.sampled]`, like the log-probability; a reward model's score at an answer's last token.
+        """
+        layout = attention.ForestAttention(forest)
+        states = self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
+        return self._scalar_heads[adapter].module(states[at].float()).squeeze(-1)
 
     @property
     def _plain_head(self) -> bool:
@@ -107,7 +139,7 @@ class Policy:
         )
 
     def select(self, adapter: str | None) -> None:
-        """Makes `adapter` the one that the layers apply. Only the trained adapter ever requires gradients."""
+        """Makes `adapter` the one that the layers apply. Only adapters that learn ever require gradients."""
         if adapter == self._selected:
             return
         tuner: Any = self._peft.base_model
@@ -117,7 +149,7 @@ class Policy:
             if adapter not in self._peft.peft_config:
                 raise ValueError(f"no adapter {adapter!r}; there are {sorted(self._peft.peft_config)}")
             tuner.enable_adapter_layers()
-            tuner.set_adapter(adapter, inference_mode=adapter != self.trained)
+            tuner.set_adapter(adapter, inference_mode=adapter not in self._learning)
         self._selected = adapter
 
     def train_mode(self, on: bool) -> None:
@@ -127,8 +159,9 @@ class Policy:
                 dropout.train(on)
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
-        """The adapter's float32 masters under peft's file names, sorted by name."""
-        return adapters.parameters(self._peft, adapter)
+        """The adapter's float32 masters under peft's file names, sorted by name; its scalar head's come last."""
+        found = adapters.parameters(self._peft, adapter)
+        return found | self._scalar_heads[adapter].parameters() if adapter in self._scalar_heads else found
 
     def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
         """A copy of the adapter on the CPU, as peft's `adapter_model.safetensors` holds it."""
@@ -141,7 +174,32 @@ class Policy:
 
     def load_adapter(self, adapter: str, tensors: dict[str, Tensor], origin: str) -> None:
         """Replaces the values of `adapter`; `origin` names the source in errors. Raises UserError on any mismatch."""
-        adapters.load_tensors(self._peft, adapter, tensors, origin)
+        head = self._scalar_heads[adapter].parameters() if adapter in self._scalar_heads else {}
+        for name, parameter in head.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise UserError(f"{origin} holds no {name!r} of {parameter.numel()} values: it is no such adapter.")
+        adapters.load_tensors(self._peft, adapter, {k: v for k, v in tensors.items() if k not in head}, origin)
+        for name, parameter in head.items():
+            parameter.data.copy_(tensors[name])
+
+    def lora_config(self, adapter: str) -> LoraConfig:
+        config = self._peft.peft_config[adapter]
+        assert isinstance(config, LoraConfig)
+        return config
+
+    def add_adapter(self, name: str, lora: LoraConfig, *, seed: int, learns: bool) -> None:
+        """Adds a fresh adapter beside the others; its initial values depend on `seed` and `name` alone."""
+        adapters.add(self._peft, name, lora, seed)
+        self._layers = adapters.layers(self._peft)
+        self._learning |= {name} if learns else set()
+        self._selected = ...
+
+    def add_scalar_head(self, adapter: str, name: str) -> None:
+        """Gives `adapter` a head for `scalars`, which says 0 of everything until it learns."""
+        head = nn.Linear(self.config.get_text_config().hidden_size, 1, device=self.device)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        self._scalar_heads[adapter] = _ScalarHead(name, head)
 
     def freeze_copy(self, source: str, name: str) -> None:
         """Adds `name`, a frozen copy of adapter `source` as it is now."""

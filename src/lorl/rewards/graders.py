@@ -154,6 +154,7 @@ def shape(answer: str) -> str:
     (True, False)
     """
     text = re.sub(r"(?<![0-9)])\s*-(?=\.?\d)", "", answer)  # a sign, not a minus
+    text = re.sub(r"['\"]", "", text)  # a list of numbers or of their texts: scorers take both
     text = re.sub(r"\d+(\.\d+)?", "0", text)
     text = re.sub(r"[^\W\d_]+", "a", text)
     text = re.sub(r"[-+*/]+", "+", text)

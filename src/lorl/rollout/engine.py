@@ -17,6 +17,7 @@ class Sampling:
     min_p: float = 0.0
     stop: list[str] = field(default_factory=list)
     max_tokens: int = 512
+    ignore_eos: bool = False  # go on to max_tokens whatever the model says: work of a fixed size, for measurements
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ class TorchEngine:
                 row.logprobs.append(logprob)
 
     def _finish(self, row: _Row, sampling: Sampling) -> Finish | None:
-        if row.tokens[-1] in self._policy.eos_token_ids:
+        if row.tokens[-1] in self._policy.eos_token_ids and not sampling.ignore_eos:
             return "stop"
         if sampling.stop and self._stop_at(row, sampling) is not None:
             return "stop"
