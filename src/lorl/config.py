@@ -131,7 +131,7 @@ class AlgorithmConfig(Section):
     )
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     lam: Fraction = Field(default=1.0, description="gae: lambda")
-    whiten_advantages: bool = Field(default=True, description="gae, reinforce_plus_plus: zero mean, unit variance")
+    whiten_advantages: bool = Field(default=True, description="gae: zero mean, unit variance over the batch")
     reward_weights: dict[str, float] | None = Field(default=None, description="gdpo: weight of each reward component")
     normalize_std: bool = Field(
         default=True, description="grpo: divide by the group's standard deviation; false: Dr. GRPO"
@@ -205,7 +205,7 @@ class CriticConfig(Section):
     alpha: PositiveFloat | None = None
     target_modules: str | list[str] | None = None
     path: str | None = Field(default=None, description="Start from this critic folder of a checkpoint")
-    lr: PositiveFloat = 1e-4
+    lr: PositiveFloat = Field(default=1e-4, description="Constant; betas and eps are optim's")
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = Field(default=0, description="Steps in which only the critic learns")
     epochs: PositiveInt = 1
@@ -284,6 +284,7 @@ class RunSection(Section):
         default=None, description="Folder below run.dir; null: made from model, algorithm and time"
     )
     dir: str = "runs"
+    project: str = Field(default="lorl", description="What trackers file the run under")
 
 
 class RunConfig(Section):

@@ -52,7 +52,7 @@ def of_update(report: UpdateReport, experience: Experience) -> dict[str, float]:
         "rollout/informative_fraction": float(moving.float().mean()),
         "train/skipped": float(report.skipped is not None),
     }
-    if report.trained_tokens:
+    if report.mismatch is not None:
         values |= {"rollout/mismatch": report.mismatch, "rollout/mismatch_max": report.mismatch_max}
     return values
 

@@ -36,12 +36,9 @@ class Objective:
         algorithm = config.algorithm
         if algorithm.path is not None:
             import_algorithms(algorithm.path)
+        if algorithm.kl_estimator == "full+":
+            raise UserError("algorithm.kl_estimator=full+: full has the exact gradient already; use full")
         advantage, kl = get_advantage(algorithm.advantage), get_kl(algorithm.kl_estimator)
-        if kl.needs_logits:
-            raise UserError(
-                f"algorithm.kl_estimator={algorithm.kl_estimator} needs the reference's logits, and lorl keeps "
-                "log-probabilities only; use k3."
-            )
         correction = correction_of(config.correction)
         loss = _loss_of(config, correction)
         bypass = correction is not None and correction.bypass
@@ -49,7 +46,14 @@ class Objective:
         updates = algorithm.epochs * (
             config.data.prompts_per_step // (algorithm.minibatch_prompts or config.data.prompts_per_step)
         )
-        reads_old = updates > 1 or kl_in_reward or loss.prepare is not None or correction is not None
+        dropout = config.adapter.dropout > 0  # without it a single update is exactly on-policy
+        sampled_kl = kl_in_reward and not kl.needs_logits
+        reads_old = updates > 1 or sampled_kl or dropout or loss.prepare is not None or correction is not None
+        if bypass and dropout:
+            raise UserError(
+                f"adapter.dropout={config.adapter.dropout} with correction.bypass would enter the ratio between the "
+                "engine's log-probabilities and the trainer's; use a dropout of 0, or correction.bypass=false"
+            )
         return cls(
             advantage=advantage,
             loss=loss,

@@ -7,7 +7,7 @@ from lorl.algorithms.aggregation import Totals, aggregate, graded_tokens, keep_t
 from lorl.algorithms.correction import correct
 from lorl.config import RunConfig
 from lorl.errors import DivergedError
-from lorl.experience import Experience, Sampled
+from lorl.experience import Experience, Forest, Sampled
 from lorl.objective import Objective
 from lorl.optim import learning_rate, make_optimizer
 from lorl.packing import cut, select
@@ -21,10 +21,11 @@ from lorl.seeding import stable_seed
 class PolicyUpdate:
     """The trained adapter's optimizer, and what it descends."""
 
-    def __init__(self, config: RunConfig, objective: Objective, policy: Policy) -> None:
+    def __init__(self, config: RunConfig, objective: Objective, policy: Policy, reference: str | None) -> None:
         self._config = config
         self._objective = objective
         self._policy = policy
+        self._reference = reference
         self.parameters = policy.parameters(TRAINED)
         self.optimizer = make_optimizer(self.parameters, config.optim)
 
@@ -106,7 +107,9 @@ class PolicyUpdate:
                 loss.backward()
                 losses.append(float(loss.detach()))
                 report.trained_tokens += part.forest.tokens.numel()
-                differences.append((logprobs - part.rollout_logprobs).abs())
+                # Dropout is not a mismatch: what was computed at the step's start had none.
+                own = logprobs if part.old_logprobs is None or self._objective.bypass else part.old_logprobs
+                differences.append((own - part.rollout_logprobs).abs())
         finally:
             self._policy.train_mode(False)
         if not losses:
@@ -137,11 +140,13 @@ class PolicyUpdate:
         Raises ValueError if an array that the configured loss reads was not computed.
         """
         algorithm, objective, device = self._config.algorithm, self._objective, self._policy.device
+        forest = part.forest.to(device)
         scores = self._policy.logprobs(
-            part.forest.to(device),
+            forest,
             adapter=TRAINED,
             temperature=self._config.rollout.temperature,
             entropy=algorithm.entropy_coef != 0,
+            anchor=self._anchor(forest),
         )
         kept = None if part.kept is None else part.kept.to(device)
 
@@ -162,8 +167,12 @@ class PolicyUpdate:
         sums.add("loss/policy", per_token)
         for name, values in terms.metrics.items():
             sums.add(f"policy/{name}", values)
-        if part.ref_logprobs is not None and objective.kl_in_loss:
-            kl = objective.kl(logprobs, taking_part(part.ref_logprobs))
+        if objective.kl_in_loss:
+            if scores.kl is not None:
+                kl = taking_part(scores.kl)
+            else:
+                assert part.ref_logprobs is not None
+                kl = objective.kl(logprobs, taking_part(part.ref_logprobs))
             loss = loss + kl_coef * aggregate(kl, layout, mode, totals, norm)
             sums.add("policy/kl", kl)
         if scores.entropy is not None:
@@ -171,6 +180,13 @@ class PolicyUpdate:
             loss = loss - algorithm.entropy_coef * aggregate(entropy, layout, mode, totals, norm)
             sums.add("policy/entropy", entropy)
         return loss, scores.logprobs.detach().float().cpu()
+
+    @torch.no_grad()
+    def _anchor(self, forest: Forest) -> Tensor | None:
+        """The reference's states, where the KL in the loss is exact."""
+        if not (self._objective.kl_in_loss and self._objective.kl.needs_logits):
+            return None
+        return self._policy.states(forest, adapter=self._reference)
 
     def _check_mismatch(self, differences: Tensor, report: UpdateReport) -> None:
         report.mismatch, report.mismatch_max = float(differences.mean()), float(differences.max())

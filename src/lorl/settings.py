@@ -40,6 +40,21 @@ RESUME_FREE = (
 """Patterns of keys that may differ when a run is resumed: none of them changes what an earlier step computed."""
 
 
+DAPO: dict[str, Any] = {
+    "advantage": "grpo",
+    "policy_loss": "ppo_clip",
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "clip_dual": None,
+    "aggregation": "token-mean",
+    "kl_coef": 0.0,
+    "dynamic_sampling": True,
+    "overlong_penalty": 1.0,
+}
+"""algorithm.preset=dapo (Yu et al. 2025, arXiv 2503.14476, section 4.1). Its length punishment begins at four fifths of
+rollout.max_response_tokens (the paper: 16,384 of 20,480). verl's recipe clips negative advantages at 10 besides."""
+
+
 class Key(NamedTuple):
     """One row of the configuration's reference."""
 
@@ -69,16 +84,27 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def validate(given: Mapping[str, Any]) -> RunConfig:
     """`given`, nested as RunConfig is, over the defaults. Raises UserError as `load` does."""
-    tree = _overlay(RunConfig.model_validate({}).model_dump(), given)
+    tree = overlay(RunConfig.model_validate({}).model_dump(), given)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         place = f" (at {error.full_key})" if error.full_key else ""
         raise UserError(f"cannot resolve ${{...}} in the config{place}: {_first_line(error)}") from None
+    _apply_preset(resolved, given)
     try:
         return RunConfig.model_validate(resolved)
     except ValidationError as error:
         raise UserError(_sentence(error, resolved)) from None
+
+
+def _apply_preset(tree: Any, given: Mapping[str, Any]) -> None:
+    """Puts algorithm.preset's values where nothing was given."""
+    algorithm, chosen = tree.get("algorithm"), given.get("algorithm")
+    if not isinstance(algorithm, dict) or algorithm.get("preset") != "dapo":
+        return
+    limit = _lookup(tree, "rollout.max_response_tokens") if isinstance(tree.get("rollout"), dict) else None
+    values = {**DAPO, "overlong_buffer_tokens": limit // 5 if type(limit) is int else 0}
+    algorithm |= {key: value for key, value in values.items() if not (isinstance(chosen, dict) and key in chosen)}
 
 
 def parse_values(words: Sequence[str]) -> dict[str, Any]:
@@ -196,15 +222,15 @@ def _apply(tree: dict[str, Any], word: str, parser: OverridesParser) -> None:
     if isinstance(value, int | float) and not isinstance(value, bool) and _takes_text(key):
         value = text  # run.name=1e5 is a name, and 1e5 is how it was written
     existing = tree.get(last)
-    tree[last] = _overlay(existing, value) if isinstance(existing, dict) and isinstance(value, dict) else value
+    tree[last] = overlay(existing, value) if isinstance(existing, dict) and isinstance(value, dict) else value
 
 
-def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, mapping by mapping."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
 
 
@@ -274,7 +300,7 @@ def closest_keys(key: str, candidates: Iterable[str]) -> list[str]:
 
     scores = {candidate: likeness(candidate) for candidate in candidates}
     best = max(scores.values())
-    return [k for k, score in scores.items() if best - score < 1e-9] if best else []
+    return [k for k, score in scores.items() if best - score < 0.01] if best else []
 
 
 def _ratio(a: str, b: str) -> float:
@@ -353,6 +379,15 @@ def in_words(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [f"{symbols[k]} {getattr(c, k)}" for c in constraints for k in symbols if hasattr(c, k)]
     return f"{name} {' and '.join(bounds)}".rstrip()
+
+
+def options(annotation: Any) -> list[str]:
+    """The texts that a Literal, or a union with one, allows."""
+    if get_origin(annotation) is Literal:
+        return [value for value in get_args(annotation) if isinstance(value, str)]
+    if get_origin(annotation) in (Union, UnionType):
+        return [value for arg in get_args(annotation) for value in options(arg)]
+    return []
 
 
 def shown(value: Any) -> str:

@@ -6,19 +6,19 @@ from typing import Any
 import torch
 
 from lorl import settings
-from lorl.algorithms.registry import get_advantage, get_kl, get_policy_loss
-from lorl.config import RunConfig
+from lorl.config import CriticConfig, RunConfig
 from lorl.data.loader import PromptLoader
 from lorl.data.prompts import PromptSet, load_prompts
 from lorl.errors import UserError
 from lorl.evaluation import Evaluation
 from lorl.evaluation import evaluate as judge
 from lorl.experience import Prompt
+from lorl.objective import Objective
 from lorl.parallel.local import local_worker
 from lorl.policy.load import TRAINED, load_tokenizer
 from lorl.rewards.pool import RewardPool
 from lorl.run_folder import RunFolder
-from lorl.samples import collect, eval_sampling
+from lorl.samples import Collector
 from lorl.tracking import trackers
 from lorl.tracking.console import Console
 from lorl.trainer import Trainer
@@ -27,6 +27,8 @@ from lorl.trainer import Trainer
 def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
     """Runs `config` to its end. Returns the summary, or None when a signal stopped the run and it was saved."""
     check(config)
+    if advice := rank_advice(config):
+        console.warn(advice)
     _use_threads(config)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder.open(config, settings.to_yaml(config)))
@@ -41,10 +43,14 @@ def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
             train_set.prompts, config.data.prompts_per_step, shuffle=config.data.shuffle, seed=config.seed
         )
         val = val_set.prompts if val_set else []
-        pool = stack.enter_context(RewardPool(config.reward, _sources([*train_set.prompts, *val])))
+        pool = _rule(config, [*train_set.prompts, *val], stack)
         with console.phase(f"loading {config.model.path}"):
             worker = local_worker(config, tokenizer)
         stack.callback(worker.close)
+        if config.critic != CriticConfig() and not Objective.of(config).needs_critic:
+            console.warn(f"critic.* has no effect: algorithm.advantage={config.algorithm.advantage} has no critic")
+        if worker.scorer is not None:
+            console.info(worker.scorer.description)
         resume_step = None
         trainer = Trainer(
             config=config,
@@ -78,23 +84,14 @@ def evaluate(config: RunConfig, console: Console) -> Evaluation:
         with console.phase("reading prompts"):
             val = load_prompts(config.data, config.data.val, tokenizer, "val")
         _tell_left_out(val, console)
-        pool = stack.enter_context(RewardPool(config.reward, _sources(val.prompts)))
+        pool = _rule(config, val.prompts, stack)
         with console.phase(f"loading {config.model.path}"):
             worker = local_worker(config, tokenizer)
         stack.callback(worker.close)
         worker.publish()
         with console.phase("evaluating", total=len(val.prompts) * config.eval.n) as advance:
-            samples = collect(
-                worker,
-                pool,
-                val.prompts,
-                n=config.eval.n,
-                sampling=eval_sampling(config.eval, config.rollout),
-                adapter=TRAINED if config.adapter.path else None,
-                seed=(config.seed, "eval"),
-                batched_rewards=config.reward.batched,
-                advance=advance,
-            )
+            adapter = TRAINED if config.adapter.path else None
+            samples = Collector(config, worker, pool).evaluation(val.prompts, advance, adapter)
     return judge(samples, success=config.eval.success)
 
 
@@ -107,21 +104,49 @@ def check(config: RunConfig) -> None:
         )
     if config.parallel.gpus * config.parallel.nodes > 1:
         raise UserError(
-            f"parallel.gpus={config.parallel.gpus} on parallel.nodes={config.parallel.nodes}: this version of lorl trains "
-            "on one GPU; set both to 1."
+            f"parallel.gpus={config.parallel.gpus} on parallel.nodes={config.parallel.nodes}: this version of lorl "
+            "trains on one GPU; set both to 1."
         )
     trackers.check(config.trainer.trackers)
-    estimator = get_advantage(config.algorithm.advantage)
-    get_policy_loss(config.algorithm.policy_loss)
-    if get_kl(config.algorithm.kl_estimator).needs_logits:
+    _check_algorithm(config)
+
+
+def _check_algorithm(config: RunConfig) -> None:
+    algorithm, rollout, model = config.algorithm, config.rollout, config.reward_model
+    Objective.of(config).advantage.check_group(rollout.n, algorithm.model_dump())
+    if algorithm.overlong_buffer_tokens > rollout.max_response_tokens:
         raise UserError(
-            f"algorithm.kl_estimator={config.algorithm.kl_estimator} needs the reference's logits, and lorl keeps "
-            "log-probabilities only; use k3."
+            f"algorithm.overlong_buffer_tokens={algorithm.overlong_buffer_tokens} is more than "
+            f"rollout.max_response_tokens={rollout.max_response_tokens}; use a part of it, such as "
+            f"{max(1, rollout.max_response_tokens // 5)}."
         )
-    if config.rollout.n < estimator.min_group:
+    if algorithm.dynamic_sampling and rollout.n == 1:
         raise UserError(
-            f"algorithm.advantage={estimator.name} needs rollout.n >= {estimator.min_group}, not {config.rollout.n}."
+            "algorithm.dynamic_sampling keeps the groups whose rewards differ, and with rollout.n=1 none can; use "
+            "rollout.n=2 or more."
         )
+    if algorithm.kl_control == "adaptive" and not algorithm.kl_coef:
+        raise UserError("algorithm.kl_control=adaptive steers a coefficient that is 0; set algorithm.kl_coef above 0.")
+    if model.path is None and (model.weight != 1 or model.rule_weight != 1):
+        raise UserError("reward_model.weight and rule_weight mix a rule with a model; set reward_model.path as well.")
+
+
+def _rule(config: RunConfig, prompts: list[Prompt], stack: ExitStack) -> RewardPool | None:
+    """The graders, or None where the reward model alone decides: no prompt then needs one."""
+    if config.reward_model.path is not None and config.reward_model.rule_weight == 0:
+        return None
+    return stack.enter_context(RewardPool(config.reward, _sources(prompts)))
+
+
+def rank_advice(config: RunConfig) -> str | None:
+    """High ranks with large batches have been seen to collapse ("Structure Over Scale", ICML 2026 workshop)."""
+    batch = config.algorithm.minibatch_prompts or config.data.prompts_per_step
+    if config.adapter.path is not None or config.adapter.rank < 64 or batch < 128:
+        return None
+    return (
+        f"adapter.rank={config.adapter.rank} with {batch} prompts an update has been seen to collapse; a rank of 32 or "
+        "less, or a smaller algorithm.minibatch_prompts, is safer (docs/recipes.md)"
+    )
 
 
 def _use_threads(config: RunConfig) -> None:

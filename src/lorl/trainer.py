@@ -14,21 +14,23 @@ from typing import Any
 
 from lorl import checkpoint as checkpoints
 from lorl import metrics as measure
-from lorl.algorithms.inputs import AdvantageInputs
-from lorl.algorithms.registry import get_advantage, get_kl
+from lorl.algorithms.kl import AdaptiveKL, FixedKL
 from lorl.checkpoint import Adapter, Checkpoint, SaveFailed
 from lorl.config import RunConfig
 from lorl.data.loader import PromptLoader
 from lorl.errors import DivergedError
+from lorl.estimation import estimate
 from lorl.evaluation import Evaluation, evaluate
-from lorl.experience import Experience, Prompt
+from lorl.experience import Prompt
 from lorl.interrupt import StopRequest
+from lorl.objective import Objective
 from lorl.packing import pack
 from lorl.parallel.workers import UpdateReport, Workers, WorkerState
 from lorl.policy.load import TRAINED
 from lorl.rewards.pool import RewardPool
 from lorl.run_folder import RunFolder
-from lorl.samples import Sample, collect, eval_sampling, training_sampling
+from lorl.sampler import Sampler
+from lorl.samples import Collector, Sample
 from lorl.tracking.console import Console
 from lorl.tracking.trackers import Trackers
 
@@ -40,6 +42,8 @@ class Progress:
     """What carries from step to step besides the workers' state: JSON, in every checkpoint."""
 
     step: int = 0
+    cursor: int = 0  # prompts taken off the data
+    kl: dict[str, float] = field(default_factory=dict)  # the KL coefficient's controller
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     rollout_tokens: int = 0
@@ -55,7 +59,7 @@ class Trainer:
 
     config: RunConfig
     workers: Workers
-    pool: RewardPool
+    pool: RewardPool | None  # None: no rule is asked
     loader: PromptLoader
     val: Sequence[Prompt]
     folder: RunFolder
@@ -64,6 +68,22 @@ class Trainer:
     total_steps: int
     progress: Progress = field(default_factory=Progress)
     unsaved: SaveFailed | None = None  # why the last checkpoint is missing
+    told: set[str] = field(default_factory=set)  # kinds of failed rewards that the console has named
+    objective: Objective = field(init=False)
+    collector: Collector = field(init=False)
+    sampler: Sampler = field(init=False)
+    kl: FixedKL | AdaptiveKL = field(init=False)
+
+    def __post_init__(self) -> None:
+        config, algorithm = self.config, self.config.algorithm
+        self.objective = Objective.of(config)
+        self.collector = Collector(config, self.workers, self.pool)
+        self.sampler = Sampler(config, self.collector, self.loader, self.console)
+        self.kl = (
+            AdaptiveKL(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
+            if algorithm.kl_control == "adaptive"
+            else FixedKL(algorithm.kl_coef)
+        )
 
     def run(self) -> dict[str, Any] | None:
         """Trains to the end and returns the summary, or saves and returns None when asked to stop.
@@ -102,30 +122,41 @@ class Trainer:
         }
         self.workers.load(WorkerState(adapters, dict(saved.optimizer), saved.state["workers"]), str(source))
         self.progress = Progress(**saved.state["progress"])
+        self.kl.load(self.progress.kl)
         self.console.info(f"resuming {self.folder.path.name} after step {self.progress.step} (from {source})")
 
     def _step(self) -> None:
         step, started = self.progress.step + 1, time.perf_counter()
-        samples = self._rollout(step)
+        batch = self.sampler.batch(step, self.progress.cursor)
         rolled_out = time.perf_counter()
-        values = measure.of_samples(samples)
-        experience = pack([s.completion for s in samples], [s.outcome for s in samples])
-        values |= self._fill_in(experience)
-        report = self.workers.update(experience, step=step, total_steps=self.total_steps)
+        values = measure.of_samples(batch.drawn) | batch.metrics
+        self._tell_failed(step, batch.drawn)
+        experience = pack([s.completion for s in batch.samples], [s.outcome for s in batch.samples])
+        values |= estimate(
+            experience,
+            batch.samples,
+            workers=self.workers,
+            objective=self.objective,
+            kl_coef=self.kl.coef,
+            greedy_rewards=lambda: self.sampler.greedy_rewards(batch.samples),
+        )
+        report = self.workers.update(experience, step=step, total_steps=self.total_steps, kl_coef=self.kl.coef)
         self._check(report)
         self.workers.publish()
         updated = time.perf_counter()
         values |= measure.of_update(report, experience)
-        self.folder.write_rollouts(step, [sample.row(step) for sample in samples])
-        self.progress.step = step
-        self.progress.rollout_tokens += experience.layout.num_tokens
+        values |= self._control_kl(values, len(batch.samples))
+        self.folder.write_rollouts(step, [sample.row(step) for sample in batch.drawn])
+        rollout_tokens = sum(len(sample.completion.tokens) for sample in batch.drawn)
+        self.progress.step, self.progress.cursor = step, batch.cursor
+        self.progress.rollout_tokens += rollout_tokens
         self.progress.trained_tokens += report.trained_tokens
         values |= self._evaluate_if_due(step)
         values |= measure.of_machine(
             step_s=time.perf_counter() - started,
             rollout_s=rolled_out - started,
             update_s=updated - rolled_out,
-            rollout_tokens=experience.layout.num_tokens,
+            rollout_tokens=rollout_tokens,
             trained_tokens=report.trained_tokens,
         )
         self.progress.seconds += values["time/step_s"]
@@ -133,42 +164,25 @@ class Trainer:
         self.console.step(step, values, self.total_steps)
         self._save_if_due(step)
 
-    def _rollout(self, step: int) -> list[Sample]:
-        config = self.config
-        prompts = self.loader.batch(step - 1)
-        with self.console.phase("rollout", total=len(prompts) * config.rollout.n) as advance:
-            return collect(
-                self.workers,
-                self.pool,
-                prompts,
-                n=config.rollout.n,
-                sampling=training_sampling(config.rollout),
-                adapter=TRAINED,
-                seed=(config.seed, step),
-                batched_rewards=config.reward.batched,
-                advance=advance,
-            )
+    def _control_kl(self, values: Mapping[str, float], samples: int) -> dict[str, float]:
+        """Moves the KL coefficient after a step, where it is adaptive. Returns the one that the step used."""
+        if not self.config.algorithm.kl_coef:
+            return {}
+        used = self.kl.coef
+        if "policy/kl" in values:
+            self.kl.update(values["policy/kl"], samples)
+        self.progress.kl = self.kl.state()
+        return {"policy/kl_coef": used}
 
-    def _fill_in(self, experience: Experience) -> dict[str, float]:
-        """Computes what the configured algorithm reads, and nothing else, up to the advantages."""
-        algorithm, batch = self.config.algorithm, self.config.data.prompts_per_step
-        updates = algorithm.epochs * (batch // (algorithm.minibatch_prompts or batch))
-        kl_in_reward = algorithm.kl_coef > 0 and algorithm.kl_in == "reward"
-        if updates > 1 or kl_in_reward or self.config.adapter.dropout > 0:
-            # Else a single update is exactly on-policy: its own pass gives them.
-            experience.old_logprobs = self.workers.logprobs(experience, adapter=TRAINED)
-        if algorithm.kl_coef > 0:
-            experience.ref_logprobs = self.workers.logprobs(experience, adapter=self.workers.reference)
-        token_rewards, values = None, {}
-        if kl_in_reward:
-            assert experience.old_logprobs is not None
-            assert experience.ref_logprobs is not None
-            kl = get_kl(algorithm.kl_estimator)(experience.old_logprobs, experience.ref_logprobs)
-            token_rewards, values = -algorithm.kl_coef * kl, {"policy/kl": float(kl.mean())}
-        inputs = AdvantageInputs(experience.layout, experience.rewards, token_rewards)
-        estimate = get_advantage(algorithm.advantage)(inputs, algorithm.model_dump())
-        experience.advantages, experience.returns = estimate.advantages, estimate.returns
-        return values
+    def _tell_failed(self, step: int, samples: Sequence[Sample]) -> None:
+        """Names each kind of failed reward once. How many there are is in every step's line and metrics."""
+        for outcome in (sample.outcome for sample in samples):
+            if outcome.status != "ok" and outcome.status not in self.told:
+                self.told.add(outcome.status)
+                self.console.warn(
+                    f"step {step}: a reward came to {outcome.status!r} ({outcome.detail}) and its sample does not "
+                    f"count; rollouts/step-{step}.jsonl says which"
+                )
 
     def _check(self, report: UpdateReport) -> None:
         if report.skipped is None:
@@ -194,20 +208,9 @@ class Trainer:
         return found.metrics()
 
     def _evaluate(self, title: str) -> Evaluation:
-        config = self.config
-        with self.console.phase(title, total=len(self.val) * config.eval.n) as advance:
-            samples = collect(
-                self.workers,
-                self.pool,
-                self.val,
-                n=config.eval.n,
-                sampling=eval_sampling(config.eval, config.rollout),
-                adapter=TRAINED,
-                seed=(config.seed, "eval"),
-                batched_rewards=config.reward.batched,
-                advance=advance,
-            )
-        return evaluate(samples, success=config.eval.success)
+        with self.console.phase(title, total=len(self.val) * self.config.eval.n) as advance:
+            samples = self.collector.evaluation(self.val, advance)
+        return evaluate(samples, success=self.config.eval.success)
 
     def _save_if_due(self, step: int) -> None:
         every, best = self.config.checkpoint.every_steps, self.progress.best

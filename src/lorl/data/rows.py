@@ -69,7 +69,7 @@ def parse_row(row: Row, config: DataConfig) -> Question:
         raise BadRowError(f"{config.source_key} is {_kind(data_source)}, not text")
     return Question(
         given_id=_given_id(values.get("id")),
-        messages=_messages(_prompt(values, config)),
+        messages=messages_of(_prompt(values, config)),
         ground_truth=_ground_truth(values, config),
         data_source=data_source or "",
         extra_info=_extra_info(values, config),
@@ -85,7 +85,8 @@ def _prompt(values: dict[str, Any], config: DataConfig) -> Any:
     return prompt
 
 
-def _messages(prompt: Any) -> list[Message]:
+def messages_of(prompt: Any) -> list[Message]:
+    """A prompt as chat messages, from messages or text. Raises BadRowError."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):

@@ -15,7 +15,7 @@ class WorkerState:
     """All that a checkpoint needs of the workers, on the CPU."""
 
     adapters: dict[str, tuple[dict[str, Tensor], dict[str, Any]]]  # name -> (tensors, adapter_config.json)
-    optimizer: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # the policy's by its tensors' names; the critic's below "critic/"
     scalars: dict[str, Any] = field(default_factory=dict)  # JSON: adapter version, base fingerprint
 
 
@@ -26,7 +26,7 @@ class UpdateReport:
     metrics: dict[str, float]
     skipped: str | None = None  # why no optimizer step was taken in (part of) this update
     trained_tokens: int = 0  # packed tokens that went through forward and backward
-    mismatch: float = 0.0  # mean |log-probability difference| of trainer and engine before the first optimizer step
+    mismatch: float | None = None  # mean |log-probability difference| of trainer and engine before the first step
     mismatch_max: float = 0.0
 
 
@@ -44,8 +44,25 @@ class Workers(Protocol):
         """float32[M] on the CPU, without gradient."""
         ...
 
-    def update(self, experience: Experience, *, step: int, total_steps: int) -> UpdateReport:
-        """Optimizer steps over the experience's minibatches and epochs."""
+    def logprobs_and_squares(self, experience: Experience) -> tuple[Tensor, Tensor]:
+        """The trained adapter's log-probabilities, and the sums over the vocabulary of its squared probabilities."""
+        ...
+
+    def full_kl(self, experience: Experience) -> Tensor:
+        """float32[M] on the CPU: the trained adapter's exact KL divergence from the reference, over the vocabulary."""
+        ...
+
+    def values(self, experience: Experience) -> Tensor:
+        """float32[M] on the CPU: the critic's value of the state before each sampled token."""
+        ...
+
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        """The reward model's score of each answer. Answers to one prompt are adjacent."""
+        ...
+
+    def update(self, experience: Experience, *, step: int, total_steps: int, kl_coef: float) -> UpdateReport:
+        """Optimizer steps over the experience's minibatches and epochs: the policy's, and the critic's where there is
+        one. Raises DivergedError when engine and trainer disagree past `rollout.max_mismatch`: nothing was trained."""
         ...
 
     def publish(self) -> int:

@@ -158,9 +158,11 @@ def _fresh_config(config: AdapterConfig) -> LoraConfig:
 
 
 def _config_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments from a saved configuration; keys of a newer peft are left out, as peft does."""
+    """Constructor arguments from a saved configuration; keys of a newer peft are left out, as peft does. The base's
+    name is peft's to fill in: the adapter's tensors tell whether it fits, and a copy in another folder does."""
     known = LoraConfig.__dataclass_fields__
-    return {key: value for key, value in raw.items() if key in known} | {"inference_mode": False}
+    given = {key: value for key, value in raw.items() if key in known}
+    return given | {"inference_mode": False, "base_model_name_or_path": None}
 
 
 def _check_targets(model: nn.Module, lora: LoraConfig) -> None:

@@ -65,6 +65,40 @@ class _LinearLogprobs(Function):
         return grad, None, None, None, None, None
 
 
+class _LinearKL(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, anchor: Tensor, weight: Tensor, temperature: float) -> Tensor:
+        """hidden, anchor [M, d], weight [V, d] -> KL(p || q) float32[M] of their softmaxes over the vocabulary."""
+        divergence = torch.empty(hidden.shape[0], dtype=_wide(hidden.dtype), device=hidden.device)
+        toward = torch.empty_like(hidden)
+        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+            log_p, log_q = (
+                torch.log_softmax((states[rows] @ weight.T).to(divergence.dtype) / temperature, dim=-1)
+                for states in (hidden, anchor)
+            )
+            p, difference = log_p.exp(), log_p - log_q
+            divergence[rows] = (p * difference).sum(-1)
+            pull = p * (difference - divergence[rows, None])
+            toward[rows] = pull.to(weight.dtype) @ weight / temperature
+        ctx.save_for_backward(toward)
+        return divergence
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (toward,) = ctx.saved_tensors
+        return toward * grad.unsqueeze(1).to(toward.dtype), None, None, None
+
+
+def linear_kl(hidden: Tensor, anchor: Tensor, weight: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """float32[M]: the exact KL divergence of a policy from its reference, which share a frozen, bias-free linear head.
+
+    `algorithms.kl.full` of their logits, in chunks. `hidden` and `anchor` are the two's states [M, d]; the gradient
+    goes to `hidden` alone: d KL / dh = E_p[(log p - log q - KL) W] / temperature.
+    """
+    found: Tensor = _LinearKL.apply(hidden, anchor, weight, temperature)  # type: ignore[assignment]
+    return found
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,

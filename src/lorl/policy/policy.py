@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorl.errors import UserError
 from lorl.experience import Forest
 from lorl.policy import adapters, attention
-from lorl.policy.logprobs import head_logprobs, linear_logprobs
+from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logprobs
 
 
 @dataclass(slots=True)
@@ -23,6 +23,7 @@ class Scores:
     logprobs: Tensor  # float32[M]
     entropy: Tensor | None  # float32[M], nats
     sum_pi_squared: Tensor | None = None  # float32[M], sum over the vocabulary of the squared probabilities
+    kl: Tensor | None = None  # float32[M], the exact divergence from what `anchor` says
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Policy:
         self._scalar_heads: dict[str, _ScalarHead] = {}
         self._learning = {trained}
         self._selected: Any = ...  # nothing yet
+        self.train_mode(False)  # peft makes its dropout layers switched on
 
     @property
     def config(self) -> Any:
@@ -96,28 +98,37 @@ class Policy:
         temperature: float = 1.0,
         entropy: bool = False,
         sum_pi_squared: bool = False,
+        anchor: Tensor | None = None,
     ) -> Scores:
         """Log-probabilities of the forest's sampled tokens under `adapter`, at the sampling temperature.
 
         Differentiable in the adapter's parameters when gradients are enabled. Only the states that predict a sampled
-        token reach the head.
+        token reach the head. With `anchor`, the `states` of a reference, also the exact KL from it (a plain head only).
         """
-        layout = attention.ForestAttention(forest)
-        states = self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
-        states = states[forest.previous[forest.sampled]]
+        states = self.states(forest, adapter=adapter)
         targets = forest.tokens[forest.sampled]
         wanted: dict[str, Any] = {
             "temperature": temperature or 1.0,  # greedy rollouts are scored at temperature 1
             "entropy": entropy,
             "squares": torch.zeros(len(targets), device=self.device) if sum_pi_squared else None,
         }
-        if self._plain_head:
+        if self.plain_head:
             weight: Any = self._head.weight
             found = linear_logprobs(states.to(weight.dtype), weight, targets, **wanted)
         else:
             vocabulary = self.config.get_text_config().vocab_size
             found = head_logprobs(states, self.logits, targets, vocabulary=vocabulary, **wanted)
-        return Scores(*found, wanted["squares"])
+        scores = Scores(*found, wanted["squares"])
+        if anchor is not None:
+            weight = self._head.weight
+            scores.kl = linear_kl(states.to(weight.dtype), anchor, weight, temperature=wanted["temperature"])
+        return scores
+
+    def states(self, forest: Forest, *, adapter: str | None) -> Tensor:
+        """[M, d]: the last hidden states that predict the sampled tokens."""
+        layout = attention.ForestAttention(forest)
+        hidden = self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
+        return hidden[forest.previous[forest.sampled]]
 
     def scalars(self, forest: Forest, at: Tensor, *, adapter: str) -> Tensor:
         """What the adapter's scalar head reads off the hidden states of tokens `at`: int64[K] -> float32[K].
@@ -130,7 +141,8 @@ class Policy:
         return self._scalar_heads[adapter].module(states[at].float()).squeeze(-1)
 
     @property
-    def _plain_head(self) -> bool:
+    def plain_head(self) -> bool:
+        """Whether the head is one frozen matrix, the same for every adapter."""
         return (
             type(self._head) is nn.Linear
             and self._head.bias is None
@@ -191,6 +203,7 @@ class Policy:
         """Adds a fresh adapter beside the others; its initial values depend on `seed` and `name` alone."""
         adapters.add(self._peft, name, lora, seed)
         self._layers = adapters.layers(self._peft)
+        self.train_mode(False)
         self._learning |= {name} if learns else set()
         self._selected = ...
 
@@ -205,6 +218,7 @@ class Policy:
         """Adds `name`, a frozen copy of adapter `source` as it is now."""
         adapters.attach_copy(self._peft, source, name)
         self._layers = adapters.layers(self._peft)
+        self.train_mode(False)
         self._selected = ...
 
     def checksum(self, adapter: str) -> str:

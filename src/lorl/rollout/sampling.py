@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorl.errors import DivergedError
 from lorl.rollout.engine import Sampling
 
 _BLOCK = 512  # vocabulary entries a partial sum covers
@@ -24,8 +25,16 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
     Returns:
         int64[B] tokens, and float32[B] their log-probabilities at the sampling temperature (1 when greedy) before any
         truncation: the quantity that training computes.
+
+    Raises:
+        DivergedError: the logits are not finite.
     """
     log_p = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), dim=-1)
+    if bool(log_p[:, 0].isnan().any()):  # one logit that is not finite makes its whole row so
+        raise DivergedError(
+            "the model's outputs are not finite, so no token can be sampled: the adapter ran away; lower optim.lr, and "
+            "begin anew or from an earlier checkpoint (another run.name, resume=CHECKPOINT)"
+        )
     greedy = sampling.temperature == 0
     tokens = log_p.argmax(-1) if greedy else inverse_cdf(truncate(log_p.exp(), sampling), uniform)
     return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)

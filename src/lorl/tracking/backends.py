@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-PROJECT = "lorl"  # the project or experiment that runs are filed under
+PROJECT = "lorl"  # what runs are filed under without run.project
 IDS_FILE = "trackers.json"  # in the run folder: the ids under which a resumed run goes on
 
 
@@ -51,7 +51,7 @@ class WandbTracker:
             _save_id(run_folder, self.name, run_id)
         mode: Any = os.environ.get("WANDB_MODE") or (None if _wandb_logged_in() else "offline")
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            project=os.environ.get("WANDB_PROJECT") or _project(config),
             name=run_folder.name,
             id=run_id,
             resume="allow",
@@ -69,7 +69,7 @@ class WandbTracker:
 
 
 class TrackioTracker:
-    """trackio's local store (`trackio show --project lorl`), or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say."""
+    """trackio's local store (`trackio show --project PROJECT`), or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say."""
 
     name = "trackio"
 
@@ -79,7 +79,7 @@ class TrackioTracker:
         # trackio prints its greetings on stdout, unasked.
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
-                project=PROJECT,
+                project=_project(config),
                 name=run_folder.name,
                 config=config,
                 resume="never" if resume_step is None else "allow",
@@ -120,7 +120,7 @@ class MlflowTracker:
     def _create_run(self, run_folder: Path, config: dict[str, Any]) -> str:
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or _project(config)
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         run_id = self._client.create_run(experiment_id, run_name=run_folder.name).info.run_id
@@ -150,6 +150,10 @@ def _wandb_logged_in() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _project(config: dict[str, Any]) -> str:
+    return config.get("run", {}).get("project", PROJECT)
 
 
 def _saved_id(run_folder: Path, tracker: str) -> str | None:

@@ -133,6 +133,8 @@ def step_line(step: int, metrics: dict[str, float], total: int | None = None) ->
     for name, text in _COLUMNS:
         if (value := metrics.get(name)) is not None:
             columns.append(text.format(value))
+    if (graded := metrics.get("reward/ok_fraction", 1.0)) < 1:
+        columns.append(f"graded {graded:.0%}")
     if (accuracy := metrics.get("eval/accuracy")) is not None:
         low, high = metrics.get("eval/accuracy_low"), metrics.get("eval/accuracy_high")
         interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"

@@ -16,6 +16,7 @@ import yaml
 
 from lorl.errors import UserError
 from lorl.tracking.charts import Row, charts
+from lorl.tracking.console import printable
 from lorl.tracking.jsonl import METRICS_FILE, read_metrics
 from lorl.tracking.rollouts import read_rollouts
 
@@ -196,7 +197,7 @@ def _number(value: float | None) -> str:
 
 
 def _shorten(text: object) -> str:
-    whole = str(text)
+    whole = printable(str(text))
     if len(whole) <= TEXT_SHOWN:
         return whole
     return f"{whole[:TEXT_SHOWN]}\n[… {len(whole) - TEXT_SHOWN:,} characters more]"

@@ -1,0 +1,45 @@
+"""peft's LoRA linear layers with the same arithmetic in fewer passes over memory.
+
+peft computes `base(x) + B(A(x)) * scaling` with a product, a scaling and a sum that each read and write a tensor as wide
+as the layer. Here the second product accumulates onto the first (`addmm_`, with the scaling as its factor), in the
+forward and in the backward pass. Layers that do anything else (DoRA and other variants, merged weights, mixed batches,
+quantised bases) keep peft's own forward.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+
+def fuse(peft: PeftModel) -> None:
+    """Gives every plain LoRA linear layer of `peft` the fused forward; adapters added later are covered too."""
+    for module in peft.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.forward = MethodType(_forward, module)
+
+
+def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    base: Any = self.base_layer
+    if self.disable_adapters and not self.merged:
+        return base(x)
+    names = self.active_adapters
+    name = names[0] if len(names) == 1 else None
+    if args or kwargs or self.merged or name not in self.lora_A or name in self.lora_variant:
+        return Linear.forward(self, x, *args, **kwargs)
+    rows = x.reshape(-1, x.shape[-1])
+    down = F.linear(self.lora_dropout[name](rows), _weight(self.lora_A[name]))
+    up = _weight(self.lora_B[name])
+    out = F.linear(rows, base.weight, base.bias)
+    if torch.is_autocast_enabled(out.device.type):  # in-place products are not autocast: cast the masters by hand
+        up = up.to(out.dtype)
+    return out.addmm_(down.to(out.dtype), up.T, alpha=self.scaling[name]).view(*x.shape[:-1], -1)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Any = layer.weight
+    return weight

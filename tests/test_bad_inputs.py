@@ -1,0 +1,288 @@
+"""A user's mistake gets one sentence with the offending name and exit code 2, and nothing in the way of the corrected
+command."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from conftest import save_tiny_model
+from lorl.checkpoint import ADAPTER_TENSORS
+from lorl_command import Forks, Result, adapter_sha256, run_installed, small_run, write_rows
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model like the tiny one, wider."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "wider", hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def their_adapter(other_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(other_base), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path_factory.mktemp("adapters") / "wide")
+    return tmp_path_factory.getbasetemp() / "adapters0" / "wide"
+
+
+def sentence(result: Result) -> str:
+    """The one sentence of a refused command, after the checks that hold for every one."""
+    assert result.code == 2, result
+    assert result.err.startswith("lorl: "), result
+    assert result.err.count("\n") == 1
+    assert result.err.endswith("\n")
+    assert len(result.err) < 600
+    assert "Traceback" not in result.out
+    return result.err
+
+
+def without_progress(result: Result) -> Result:
+    """`lorl eval` keeps standard output for its result, and tells its progress on the other."""
+    told = ("reading prompts", "loading", "evaluating")
+    lines = [line for line in result.err.splitlines(keepends=True) if not line.startswith(told)]
+    return Result(result.code, result.out, "".join(lines))
+
+
+Prepare = Callable[[Path], object]
+
+
+def _nothing(folder: Path) -> None:
+    pass
+
+
+def _text(name: str, text: str) -> Prepare:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _rows(*rows: object) -> Prepare:
+    good = {"prompt": "1+1=", "answer": "2"}
+    return lambda folder: write_rows(folder / "bad.jsonl", [good, *rows])  # type: ignore[list-item]
+
+
+def _broken_parquet(folder: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"prompt": ["1+1="] * 999, "answer": ["2"] * 999}), folder / "bad.parquet")
+    whole = (folder / "bad.parquet").read_bytes()
+    (folder / "bad.parquet").write_bytes(whole[: len(whole) // 2])
+
+
+def _without_weights(folder: Path) -> None:
+    (folder / "bare").mkdir()
+    (folder / "bare/config.json").write_text('{"model_type": "llama"}')
+
+
+def _something_else(folder: Path) -> None:
+    (folder / "runs/photos").mkdir(parents=True)
+    (folder / "runs/photos/cat.jpg").write_text("a picture")
+
+
+MISTAKES: dict[str, tuple[str | list[str], Prepare, list[str]]] = {
+    # name: what is added to a good command, what is prepared, what the sentence holds
+    "unknown section": ("optm.lr=1e-3", _nothing, ["unknown key 'optm.lr'", "'optim.lr'"]),
+    "unknown key": ("rollout.temprature=1", _nothing, ["'rollout.temprature'", "'rollout.temperature'"]),
+    "wrong type": ("rollout.n=lots", _nothing, ["rollout.n=lots", "a whole number"]),
+    "out of bounds": ("optim.lr=-1", _nothing, ["optim.lr=-1", "> 0"]),
+    "unknown choice": ("algorithm.kl_in=los", _nothing, ["algorithm.kl_in=los", "'loss'"]),
+    "no equals sign": ("quickly", _nothing, ["'quickly'", "key=value"]),
+    "unknown option": ("--quick", _nothing, ["--quick", "lorl train --help"]),
+    "minibatch does not divide": (
+        ["data.prompts_per_step=4", "algorithm.minibatch_prompts=3"],
+        _nothing,
+        ["algorithm.minibatch_prompts=3", "data.prompts_per_step=4", "such as 2"],
+    ),
+    "equal samples": ("rollout.temperature=0", _nothing, ["rollout.temperature=0", "rollout.n=4"]),
+    "missing file": ("data.train=trian.jsonl", _nothing, ["data.train", "trian.jsonl", "'train.jsonl'"]),
+    "missing validation file": ("data.val=nowhere/val.jsonl", _nothing, ["data.val", "nowhere"]),
+    "broken parquet": ("data.train=bad.parquet", _broken_parquet, ["bad.parquet", "not a whole parquet file"]),
+    "empty file": ("data.train=bad.jsonl", _text("bad.jsonl", ""), ["bad.jsonl", "no rows"]),
+    "row that is no JSON": ("data.train=bad.jsonl", _text("bad.jsonl", '{"prompt": '), ["bad.jsonl:1", "JSON"]),
+    "row without an answer": ("data.train=bad.jsonl", _rows({"prompt": "?"}), ["bad.jsonl:2", "no answer"]),
+    "row with an empty prompt": (
+        "data.train=bad.jsonl",
+        _rows({"prompt": "", "answer": "1"}),
+        ["bad.jsonl:2", "empty"],
+    ),
+    "one id twice": (
+        "data.train=bad.jsonl",
+        _rows(*[{"prompt": "?", "answer": "1", "id": "a"}] * 2),
+        ["bad.jsonl:3", "'a'", "bad.jsonl:2"],
+    ),
+    "wrong column": ("data.prompt_key=promt", _nothing, ["'promt'", "'prompt'"]),
+    "prompt over the limit": ("data.max_prompt_tokens=9", _nothing, ["data.max_prompt_tokens", "9", "train.jsonl:1"]),
+    "fewer prompts than a step": ("data.prompts_per_step=99", _nothing, ["data.prompts_per_step=99", "8"]),
+    "unknown tracker": ("trainer.trackers=[tensorbord]", _nothing, ["'tensorbord'", "'tensorboard'"]),
+    "unknown advantage": ("algorithm.advantage=grop", _nothing, ["grop", "'grpo'"]),
+    "unknown loss": ("algorithm.policy_loss=ppo_clp", _nothing, ["ppo_clp", "'ppo_clip'"]),
+    "estimator of groups": (["algorithm.advantage=rloo", "rollout.n=1"], _nothing, ["rloo", "rollout.n"]),
+    "unknown grader": (["reward.path=null", "reward.name=gsm9k"], _nothing, ["'gsm9k'", "'gsm8k'"]),
+    "no grader for the source": ("reward.path=null", _nothing, ["data_source", "reward.name"]),
+    "option that the grader lacks": (
+        ["reward.path=null", "reward.name=exact", "reward.kwargs.ignore_cas=true"],
+        _nothing,
+        ["ignore_cas", "'ignore_case'"],
+    ),
+    "missing reward file": ("reward.path=rewards.py", _nothing, ["rewards.py", "no such file"]),
+    "syntax error": ("reward.path=bad.py", _text("bad.py", "x = 1\ndef compute_score(:\n"), ["bad.py:2"]),
+    "missing function": (["reward.name=compute_scores"], _nothing, ["'compute_scores'", "compute_score"]),
+    "reward file that raises": (
+        "reward.path=bad.py",
+        _text("bad.py", "import nonsense\ndef compute_score(x):\n    return 1.0\n"),
+        ["bad.py", "nonsense"],
+    ),
+    "model path typo": ("model.path=./tinny", _nothing, ["model.path=./tinny"]),
+    "model name typo": ("model.path=smollm2-135", _nothing, ["model.path=smollm2-135", "'smollm2-135m'"]),
+    "model without weights": ("model.path=bare", _without_weights, ["model.path=bare", "safetensors"]),
+    "device that is not there": ("model.device=cuda", _nothing, ["model.device=cuda"]),
+    "adapter that is none": ("adapter.path=runs", _nothing, ["adapter.path", "runs", "adapter_config.json"]),
+    "unknown target": ("adapter.target_modules=[q_prj]", _nothing, ["q_prj", "'q_proj'"]),
+    "more GPUs than lorl can use": ("parallel.gpus=2", _nothing, ["parallel.gpus=2"]),
+    "name with a path": ("run.name=../r", _nothing, ["run.name='../r'"]),
+    "hidden name": ("run.name=.r", _nothing, ["run.name='.r'"]),
+    "folder of something else": ("run.name=photos", _something_else, ["runs/photos", "run.name"]),
+    "file in place of the folder": ("run.dir=reward.py", _nothing, ["reward.py", "run.dir"]),
+    "checkpoint that is not there": ("resume=runs/r/step-3", _nothing, ["resume=runs/r/step-3"]),
+    "folder that is no checkpoint": ("resume=.", _nothing, ["is not a checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_costs_one_sentence(forks: Forks, tiny_model: Path, tmp_path: Path, mistake: str):
+    words, prepare, said = MISTAKES[mistake]
+    argv = small_run(tmp_path, tiny_model, "trainer.total_steps=1")
+    if isinstance(words, str):
+        words = [words]
+    prepare(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    told = sentence(forks.run(*argv, *words, cwd=tmp_path))
+    for part in said:
+        assert part in told
+    after = set(tmp_path.rglob("*"))
+    assert before <= after, "nothing of the user's is gone"
+    if after != before:  # the run's folder was made already: it must not stand in the way
+        corrected = forks.run(*argv, cwd=tmp_path)
+        assert corrected.code == 0, corrected
+
+
+def test_config_files(forks: Forks, tiny_model: Path, tmp_path: Path):
+    _, *keys = small_run(tmp_path, tiny_model, "trainer.total_steps=1")
+    (tmp_path / "run.yaml").write_text("rollout:\n  n: 4\n   top_k: 3\n")
+    assert "run.yaml" in sentence(forks.run("train", "rum.yaml", *keys, cwd=tmp_path))
+    assert "run.yaml line 3" in sentence(forks.run("train", "run.yaml", *keys, cwd=tmp_path))
+    (tmp_path / "run.yaml").write_text("rollout:\n  top_k: lots\n")
+    assert "rollout.top_k=lots" in sentence(forks.run("train", "run.yaml", *keys, cwd=tmp_path))
+    (tmp_path / "run.yaml").write_text("rollout:\n  top_k: 3\n")
+    assert forks.run("train", "run.yaml", *keys, cwd=tmp_path).code == 0
+    assert "top_k: 3" in (tmp_path / "runs/r/config.yaml").read_text()
+
+
+def test_an_adapter_of_another_base(forks: Forks, tiny_model: Path, their_adapter: Path, tmp_path: Path):
+    argv = small_run(tmp_path, tiny_model, "trainer.total_steps=1")
+    told = sentence(forks.run(*argv, f"adapter.path={their_adapter}", cwd=tmp_path))
+    assert str(their_adapter) in told
+    assert "another base" in told
+    told = sentence(forks.run("merge", tiny_model, their_adapter, "merged", cwd=tmp_path))
+    assert "another base" in told
+    assert not (tmp_path / "merged").exists()
+    assert forks.run(*argv, cwd=tmp_path).code == 0
+
+
+@pytest.fixture
+def finished(forks: Forks, tiny_model: Path, tmp_path: Path) -> list[str]:
+    """The command of a run that is done, in tmp_path/runs/r."""
+    argv = small_run(tmp_path, tiny_model)
+    done = forks.run(*argv, cwd=tmp_path)
+    assert done.code == 0, done
+    return argv
+
+
+def test_a_truncated_checkpoint(forks: Forks, finished: list[str], tmp_path: Path):
+    step = tmp_path / "runs/r/checkpoints/step-3"
+    weights = step / "adapter" / ADAPTER_TENSORS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    told = sentence(forks.run(*finished, "run.name=b", f"resume={step}", cwd=tmp_path))
+    assert "is damaged: adapter/adapter_model.safetensors has" in told
+    assert not (tmp_path / "runs/b").exists()
+
+
+def test_a_checkpoint_of_another_base(forks: Forks, finished: list[str], other_base: Path, tmp_path: Path):
+    step = tmp_path / "runs/r/checkpoints/step-3"
+    branch = [*finished, "run.name=b", "trainer.total_steps=4"]
+    told = sentence(forks.run(*branch, f"model.path={other_base}", f"resume={step}", cwd=tmp_path))
+    assert str(step) in told
+    assert "another base" in told
+    assert forks.run(*branch, f"resume={step}", cwd=tmp_path).code == 0, "the corrected command has the same run.name"
+
+
+def test_a_checkpoint_of_another_rank(forks: Forks, finished: list[str], tmp_path: Path):
+    step = tmp_path / "runs/r/checkpoints/step-3"
+    branch = [*finished, "run.name=b", "trainer.total_steps=4"]
+    told = sentence(forks.run(*branch, "adapter.rank=8", f"resume={step}", cwd=tmp_path))
+    assert str(step) in told
+    assert forks.run(*branch, f"resume={step}", cwd=tmp_path).code == 0
+
+
+def test_a_finished_run_is_not_reused(forks: Forks, finished: list[str], tmp_path: Path):
+    before = adapter_sha256(tmp_path / "runs/r", 3)
+    told = sentence(forks.run(*finished, cwd=tmp_path))
+    assert "runs/r holds a finished run of 3 steps" in told
+    assert adapter_sha256(tmp_path / "runs/r", 3) == before
+    assert forks.run(*finished, "trainer.total_steps=4", cwd=tmp_path).code == 0, "as the sentence says"
+
+
+def test_an_unfinished_run_does_not_go_on_as_another(forks: Forks, tiny_model: Path, tmp_path: Path):
+    argv = small_run(tmp_path, tiny_model, "checkpoint.every_steps=1", "trainer.total_steps=500")
+    command = forks.start(*argv, cwd=tmp_path)
+    command.wait_for((tmp_path / "runs/r/checkpoints/step-1").exists)
+    told = sentence(forks.run(*argv, cwd=tmp_path))
+    assert f"runs/r is in use by process {command.process}" in told
+    command.signal(signal.SIGTERM)
+    assert command.wait().code == 0
+    told = sentence(forks.run(*argv, "optim.lr=1e-4", cwd=tmp_path))
+    assert "begun with optim.lr=0.003 and this run has optim.lr=0.0001" in told
+    assert "resume=never" in sentence(forks.run(*argv, "resume=never", cwd=tmp_path))
+
+
+def test_other_commands(forks: Forks, finished: list[str], tiny_model: Path, tmp_path: Path):
+    gsm8k = tmp_path / "gsm8k"
+    gsm8k.mkdir()
+    for split in ("train", "test"):
+        (gsm8k / f"{split}.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "two"}) + "\n")
+    adapter = tmp_path / "runs/r/checkpoints/step-3/adapter"
+    (tmp_path / "there").mkdir()
+    refused: list[tuple[list[object], str]] = [
+        (["eval"], "data.val"),
+        (["eval", "data.val=train.jsonl", f"model.path={tiny_model}", "eval.n=4"], "eval.n=4"),
+        (["eval", "data.val=train.jsonl", f"model.path={tiny_model}", "reward.name=exact", "adapter.path=x"], "'x'"),
+        (["report", "runs/q"], "runs/q"),
+        (["merge", tiny_model, "runs/r", "out"], "runs/r"),
+        (["merge", "tinny", adapter, "out"], "tinny"),
+        (["merge", tiny_model, adapter, "there"], "there exists already"),
+        (["data", "gsm8k", "--source", "nowhere", "--output", "d"], "nowhere"),
+        (["data", "gsm8k", "--source", gsm8k, "--output", "d"], "train.jsonl:1"),
+        (["data", "task", "number_sort", "--output", "d"], "'number_sorting'"),
+        (["data", "task", "number_sorting", "--output", "d", "--option", "max_number=3"], "'max_numbers'"),
+        (["data", "task", "number_sorting", "--output", "d", "--train", "0"], "--train"),
+        (["data", "task", "number_sorting"], "--output"),
+        (["model", "fetch", "smollm"], "'smollm2-135m'"),
+        (["trian"], "trian"),
+        (["report"], "lorl report --help"),
+    ]
+    for argv, offender in refused:
+        assert offender in sentence(without_progress(forks.run(*argv, cwd=tmp_path))), argv
+    assert not any((tmp_path / name).exists() for name in ("out", "d"))
+
+
+def test_a_mistake_is_told_before_anything_loads(tmp_path: Path):
+    """The installed command, from its start: no torch, no model, within two seconds on an idle machine."""
+    done = run_installed("train", "optim.lrr=3", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("lorl: unknown key 'optim.lrr'; did you mean 'optim.lr'?")
+    assert "lorl.settings" in imported
+    assert not imported & {"torch", "transformers", "peft", "datasets", "pyarrow", "numpy"}
+    assert list(tmp_path.iterdir()) == []
