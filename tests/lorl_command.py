@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 LORL = Path(sys.executable).with_name("lorl")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
 DEADLINE_S = 240.0
 MACHINE = ("time/", "throughput/", "memory/", "reward/seconds")  # metrics of the machine, not of the run
 

@@ -1,6 +1,7 @@
 """Accuracy, pass@k and well-formedness from graded samples."""
 
 import pytest
+
 from lorl.evaluation import evaluate
 from lorl.experience import Completion, Outcome, Prompt
 from lorl.samples import Sample

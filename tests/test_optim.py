@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lorl.config import OptimConfig
 from lorl.errors import UserError
 from lorl.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors

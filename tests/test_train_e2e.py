@@ -53,7 +53,6 @@ SMALL = (
     "rollout.n=4",
     "rollout.max_response_tokens=16",
     "trainer.total_steps=3",
-    "parallel.threads=2",
 )
 
 

@@ -34,21 +34,7 @@ def estimate(
         UserError: the rewards lack the parts that the estimator reads.
     """
     needs = objective.advantage.needs
-    squares = None
-    if "sum_pi_squared" in needs:
-        logprobs, squares = workers.logprobs_and_squares(experience)
-    elif objective.needs_old_logprobs or "logprobs" in needs:
-        logprobs = workers.logprobs(experience, adapter=TRAINED)
-    else:
-        logprobs = None
-    if objective.bypass:
-        experience.old_logprobs = experience.rollout_logprobs
-    elif objective.needs_old_logprobs:
-        experience.old_logprobs = logprobs
-    if (objective.kl_in_loss or objective.kl_in_reward) and not objective.kl.needs_logits:
-        experience.ref_logprobs = workers.logprobs(experience, adapter=workers.reference)
-    if objective.needs_critic:
-        experience.values = workers.values(experience)
+    logprobs, squares = _passes(experience, workers, objective)
     metrics = _correct(experience, objective)
     token_rewards = None
     if objective.kl_in_reward:
@@ -76,6 +62,26 @@ def estimate(
     return metrics
 
 
+def _passes(experience: Experience, workers: Workers, objective: Objective) -> tuple[Tensor | None, Tensor | None]:
+    """Fills in old and reference log-probabilities and values, where they are read. Returns the trained adapter's
+    log-probabilities and sums of squared probabilities, float32[M] each, where the step needed them."""
+    needs = objective.advantage.needs
+    logprobs = squares = None
+    if "sum_pi_squared" in needs:
+        logprobs, squares = workers.logprobs_and_squares(experience)
+    elif objective.needs_old_logprobs or "logprobs" in needs:
+        logprobs = workers.logprobs(experience, adapter=TRAINED)
+    if objective.bypass:
+        experience.old_logprobs = experience.rollout_logprobs
+    elif objective.needs_old_logprobs:
+        experience.old_logprobs = logprobs
+    if (objective.kl_in_loss or objective.kl_in_reward) and not objective.kl.needs_logits:
+        experience.ref_logprobs = workers.logprobs(experience, adapter=workers.reference)
+    if objective.needs_critic:
+        experience.values = workers.values(experience)
+    return logprobs, squares
+
+
 def _kl(experience: Experience, workers: Workers, objective: Objective) -> Tensor:
     """float32[M]: the configured estimate of the policy's divergence from its reference at each token."""
     if objective.kl.needs_logits:
@@ -86,7 +92,8 @@ def _kl(experience: Experience, workers: Workers, objective: Objective) -> Tenso
 
 
 def _correct(experience: Experience, objective: Objective) -> dict[str, float]:
-    """Rollout correction of the whole batch. Under bypass each minibatch does its own."""
+    """Rollout correction of the whole batch: it acts on the loss, not on the advantages' baselines. Under bypass each
+    minibatch does its own."""
     if objective.correction is None or objective.bypass:
         return {}
     assert experience.old_logprobs is not None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.experience import Completion, Outcome, Prompt
@@ -62,7 +63,9 @@ def test_packed_equals_separate_in_value_and_gradient(tmp_path: Path, dtype: str
     alone, grad_alone = run([[completion] for completion in completions])
     assert (together - alone).abs().max() < BOUND[dtype]
     scale = max(float(g.abs().max()) for g in grad_alone)
-    assert max(float((a - b).abs().max()) for a, b in zip(grad_together, grad_alone, strict=True)) < BOUND[dtype] * scale
+    assert (
+        max(float((a - b).abs().max()) for a, b in zip(grad_together, grad_alone, strict=True)) < BOUND[dtype] * scale
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,7 +1,7 @@
 """peft's LoRA linear layers with the same arithmetic in fewer passes over memory.
 
-peft computes `base(x) + B(A(x)) * scaling` with a product, a scaling and a sum that each read and write a tensor as wide
-as the layer. Here the second product accumulates onto the first (`addmm_`, with the scaling as its factor), in the
+peft computes `base(x) + B(A(x)) * scaling` with a product, a scaling and a sum that each read and write a tensor as
+wide as the layer. Here the second product accumulates onto the first (`addmm_`, with the scaling as its factor), in the
 forward and in the backward pass. Layers that do anything else (DoRA and other variants, merged weights, mixed batches,
 quantised bases) keep peft's own forward.
 """
@@ -28,8 +28,8 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.disable_adapters and not self.merged:
         return base(x)
     names = self.active_adapters
-    name = names[0] if len(names) == 1 else None
-    if args or kwargs or self.merged or name not in self.lora_A or name in self.lora_variant:
+    name = names[0]
+    if args or kwargs or self.merged or len(names) > 1 or name not in self.lora_A or name in self.lora_variant:
         return Linear.forward(self, x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
     down = F.linear(self.lora_dropout[name](rows), _weight(self.lora_A[name]))

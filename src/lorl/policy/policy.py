@@ -121,7 +121,9 @@ class Policy:
         scores = Scores(*found, wanted["squares"])
         if anchor is not None:
             weight = self._head.weight
-            scores.kl = linear_kl(states.to(weight.dtype), anchor, weight, temperature=wanted["temperature"])
+            scores.kl = linear_kl(
+                states.to(weight.dtype), anchor.to(weight.dtype), weight, temperature=wanted["temperature"]
+            )
         return scores
 
     def states(self, forest: Forest, *, adapter: str | None) -> Tensor:
