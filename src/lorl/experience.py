@@ -95,7 +95,11 @@ class Forest:
     segments: Tensor  # int32[N+1], offsets into the T tokens
     parent: Tensor  # int32[N], the segment that this one continues; -1 at a root. A parent comes before its children
     previous: Tensor  # int64[T], the token before this one (across the join for a segment's first token); -1 at a root
-    sampled: Tensor  # int64[M], indices of the sampled tokens in ascending order
+    sampled: Tensor  # int64[M], where each sampled token lies; samples that begin alike share tokens, so it can repeat
+
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """int64[U], the sampled tokens without repetition, ascending; int64[M], where among them each one is."""
+        return torch.unique(self.sampled, return_inverse=True)
 
     def to(self, device: torch.device | str) -> "Forest":
         return Forest(**{name: getattr(self, name).to(device) for name in self.__slots__})
@@ -107,7 +111,7 @@ class Experience:
 
     forest: Forest
     layout: Sampled
-    owner: Tensor  # int64[N], the sequence that a segment belongs to; -1 where several share it (a prompt)
+    leaf: Tensor  # int64[S], each sequence's last segment: it and its ancestors hold the sequence's tokens
     rewards: Tensor  # float32[S]; NaN where the sample was not graded (it then takes no part in baselines or loss)
     rollout_logprobs: Tensor  # float32[M]
     version: int  # of the adapter that sampled it

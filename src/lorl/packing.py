@@ -1,6 +1,6 @@
 """From graded completions to a packed Experience, and from one Experience to the micro-batches of a pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,14 @@ class PromptForest:
     leaf: list[int]  # one a prompt: the segment that its completions continue
     path: list[Tensor]  # one a prompt: int64, where its tokens lie, in order
 
+    def add(self, tokens: Sequence[int], parent: int, position: int) -> int:
+        """Appends a segment, and returns its index."""
+        self.tokens += tokens
+        self.positions += range(position, position + len(tokens))
+        self.offsets.append(len(self.tokens))
+        self.parent.append(parent)
+        return len(self.parent) - 1
+
 
 def pack_prompts(prompts: Sequence[Prompt]) -> PromptForest:
     """One tree for prompts with a common prefix (its root is the prefix), else a tree a prompt."""
@@ -29,7 +37,8 @@ def pack_prompts(prompts: Sequence[Prompt]) -> PromptForest:
 
 
 def pack(completions: Sequence[Completion], outcomes: Sequence[Outcome]) -> Experience:
-    """Packs samples whose prompts' groups are adjacent, each prompt once, and once too what all prompts begin with.
+    """Packs samples whose prompts' groups are adjacent. Whatever several begin with exists once: what all prompts
+    share, each prompt, and the tokens in which samples of a prompt agree before they part.
 
     Sequence i of the result is `completions[i]`; a sample without a reward gets NaN.
     """
@@ -40,7 +49,7 @@ def pack(completions: Sequence[Completion], outcomes: Sequence[Outcome]) -> Expe
             prompts.append(completion.prompt)
             members.append([])
         members[-1].append(completion)
-    grown, owner, sampled = _grow(prompts, members)
+    grown, leaf, where = _grow(prompts, members)
     segments = torch.tensor(grown.offsets, dtype=torch.int32)
     parent = torch.tensor(grown.parent, dtype=torch.int32)
     lengths = torch.tensor([len(completion.tokens) for completion in completions])
@@ -52,13 +61,13 @@ def pack(completions: Sequence[Completion], outcomes: Sequence[Outcome]) -> Expe
             segments=segments,
             parent=parent,
             previous=_previous(segments, parent),
-            sampled=torch.tensor(sampled, dtype=torch.int64),
+            sampled=torch.tensor([index for path in where for index in path], dtype=torch.int64),
         ),
         layout=Sampled(
             sequence=torch.repeat_interleave(torch.arange(len(completions)), lengths),
             group=torch.tensor([group for group, found in enumerate(members) for _ in found]),
         ),
-        owner=torch.tensor(owner),
+        leaf=torch.tensor(leaf),
         rewards=torch.tensor(rewards, dtype=torch.float32),
         rollout_logprobs=torch.tensor([value for c in completions for value in c.logprobs], dtype=torch.float32),
         version=completions[0].version,
@@ -67,42 +76,63 @@ def pack(completions: Sequence[Completion], outcomes: Sequence[Outcome]) -> Expe
 
 def _grow(
     prompts: Sequence[Prompt], members: Sequence[Sequence[Completion]]
-) -> tuple[PromptForest, list[int], list[int]]:
-    """The forest of prompts with their completions behind them; the segments' owners, and the sampled tokens."""
+) -> tuple[PromptForest, list[int], list[list[int]]]:
+    """The forest of prompts with their completions behind them; each completion's last segment, and where its tokens
+    lie."""
     forest = PromptForest([], [], [0], [], [], [])
-    owner: list[int] = []
-    sampled: list[int] = []
-
-    def add(tokens: Sequence[int], parent: int, position: int, sequence: int = -1) -> int:
-        forest.tokens += tokens
-        forest.positions += range(position, position + len(tokens))
-        forest.offsets.append(len(forest.tokens))
-        forest.parent.append(parent)
-        owner.append(sequence)
-        return len(owner) - 1
-
+    leaf: list[int] = []
+    where: list[list[int]] = []
     shared = _shared_prefix(prompts)
-    root = add(prompts[0].tokens[:shared], -1, 0) if shared else -1
-    sequence = 0
+    root = forest.add(prompts[0].tokens[:shared], -1, 0) if shared else -1
     for prompt, completions in zip(prompts, members, strict=True):
-        leaf = add(prompt.tokens[shared:], root, shared)
-        forest.leaf.append(leaf)
-        own = torch.arange(forest.offsets[leaf], forest.offsets[leaf + 1])
-        forest.path.append(torch.cat([torch.arange(shared), own]))
-        for completion in completions:
-            sampled += range(len(forest.tokens), len(forest.tokens) + len(completion.tokens))
-            add(completion.tokens, leaf, len(prompt.tokens), sequence)
-            sequence += 1
-    return forest, owner, sampled
+        own = forest.add(prompt.tokens[shared:], root, shared)
+        forest.leaf.append(own)
+        lies = torch.arange(forest.offsets[own], forest.offsets[own + 1])
+        forest.path.append(torch.cat([torch.arange(shared), lies]))
+        answers = [completion.tokens for completion in completions]
+        ends, paths = [own] * len(answers), [[] for _ in answers]
+        _branch(forest, answers, range(len(answers)), 0, own, len(prompt.tokens), ends, paths)
+        leaf += ends
+        where += paths
+    return forest, leaf, where
+
+
+def _branch(
+    forest: PromptForest,
+    answers: Sequence[list[int]],
+    members: Iterable[int],
+    depth: int,
+    parent: int,
+    position: int,
+    ends: list[int],
+    paths: list[list[int]],
+) -> None:
+    """Adds what `members` of `answers` hold from `depth` on below segment `parent`: a radix tree, depth first."""
+    by_token: dict[int, list[int]] = {}
+    for member in members:
+        if depth < len(answers[member]):
+            by_token.setdefault(answers[member][depth], []).append(member)
+    for alike in by_token.values():
+        agree = _agreement([answers[member] for member in alike])
+        segment = forest.add(answers[alike[0]][depth:agree], parent, position)
+        for member in alike:
+            ends[member] = segment
+            paths[member] += range(forest.offsets[segment], forest.offsets[segment + 1])
+        _branch(forest, answers, alike, agree, segment, position + agree - depth, ends, paths)
+
+
+def _agreement(texts: Sequence[list[int]]) -> int:
+    """How many tokens all of `texts` begin with."""
+    first, last = min(texts), max(texts)  # in lexicographic order; what these two share, all share
+    shorter = min(len(first), len(last))
+    return next((i for i in range(shorter) if first[i] != last[i]), shorter)
 
 
 def _shared_prefix(prompts: Sequence[Prompt]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own; 0 when too few to matter."""
     if len(prompts) < 2:
         return 0
-    first, last = (pick(prompt.tokens for prompt in prompts) for pick in (min, max))  # what these share, all do
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    shared = min(common, min(len(prompt.tokens) for prompt in prompts) - 1)
+    shared = min(_agreement([prompt.tokens for prompt in prompts]), min(len(prompt.tokens) for prompt in prompts) - 1)
     return shared if shared >= MIN_SHARED_PREFIX else 0
 
 
@@ -111,8 +141,8 @@ def select(experience: Experience, sequences: Tensor) -> Experience:
     forest, layout = experience.forest, experience.layout
     chosen = torch.zeros(layout.num_sequences, dtype=torch.bool)
     chosen[sequences] = True
-    keep_segment = _with_ancestors(forest, (experience.owner >= 0) & chosen[experience.owner.clamp(min=0)])
     lengths = (forest.segments[1:] - forest.segments[:-1]).to(torch.int64)
+    keep_segment = _with_ancestors(forest, experience.leaf[sequences])
     keep_token = torch.repeat_interleave(keep_segment, lengths)
     keep_sampled = chosen[layout.sequence]
     new_token = torch.cumsum(keep_token, 0) - 1
@@ -121,7 +151,6 @@ def select(experience: Experience, sequences: Tensor) -> Experience:
     parent = forest.parent[keep_segment].to(torch.int64)
     parent = torch.where(parent >= 0, new_segment[parent.clamp(min=0)], -1).to(torch.int32)
     segments = torch.cat([lengths.new_zeros(1), lengths[keep_segment].cumsum(0)]).to(torch.int32)
-    owner = experience.owner[keep_segment]
     part = Experience(
         forest=Forest(
             tokens=forest.tokens[keep_token],
@@ -135,7 +164,7 @@ def select(experience: Experience, sequences: Tensor) -> Experience:
             sequence=new_sequence[layout.sequence[keep_sampled]],
             group=torch.unique(layout.group[sequences], return_inverse=True)[1],
         ),
-        owner=torch.where(owner >= 0, new_sequence[owner.clamp(min=0)], -1),
+        leaf=new_segment[experience.leaf[sequences]],
         rewards=experience.rewards[sequences],
         rollout_logprobs=experience.rollout_logprobs[keep_sampled],
         version=experience.version,
@@ -155,12 +184,10 @@ def cut(experience: Experience, sequences: Tensor, budget: int) -> list[Tensor]:
     """
     forest = experience.forest
     lengths = (forest.segments[1:] - forest.segments[:-1]).tolist()
-    chain: list[list[int]] = [[] for _ in range(experience.layout.num_sequences)]  # segments, root to leaf
-    ancestors: list[list[int]] = []
-    for segment, (parent, owner) in enumerate(zip(forest.parent.tolist(), experience.owner.tolist(), strict=True)):
+    ancestors: list[list[int]] = []  # of each segment, itself last
+    for segment, parent in enumerate(forest.parent.tolist()):
         ancestors.append([*(ancestors[parent] if parent >= 0 else []), segment])
-        if owner >= 0:
-            chain[owner] = ancestors[segment]
+    chain = [ancestors[segment] for segment in experience.leaf.tolist()]
     groups: dict[int, list[int]] = {}
     for index in sequences.tolist():
         groups.setdefault(int(experience.layout.group[index]), []).append(index)
@@ -182,12 +209,14 @@ def cut(experience: Experience, sequences: Tensor, budget: int) -> list[Tensor]:
     return [torch.tensor(indices) for indices in cuts]
 
 
-def _with_ancestors(forest: Forest, wanted: Tensor) -> Tensor:
-    keep = wanted.tolist()
+def _with_ancestors(forest: Forest, leaves: Tensor) -> Tensor:
+    """bool[N]: the segments `leaves` and all that they continue."""
+    keep = [False] * forest.parent.numel()
     parents = forest.parent.tolist()
-    for segment in range(len(parents) - 1, -1, -1):  # children come after their parents
-        if keep[segment] and parents[segment] >= 0:
-            keep[parents[segment]] = True
+    for segment in leaves.tolist():
+        while segment >= 0 and not keep[segment]:
+            keep[segment] = True
+            segment = parents[segment]
     return torch.tensor(keep, dtype=torch.bool)
 
 

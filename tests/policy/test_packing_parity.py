@@ -127,6 +127,32 @@ def test_any_cut_into_micro_batches_keeps_every_number(tiny_model: Path, budget:
     assert len(cuts) == {1: 12, 10_000: 1}.get(budget, len(cuts))
 
 
+def test_samples_that_begin_alike_share_tokens_and_keep_every_number(tiny_model: Path) -> None:
+    """Seven answers of one prompt that part at different places; two are equal, one is the beginning of another."""
+    policy = load_tiny(tiny_model)
+    prompt = Prompt("p", [9, 8, 7, 6, 5, 4], "")
+    answers = [[10, 11, 12, 13], [10, 11, 12, 14, 15], [10, 11], [20, 21], [10, 11, 12, 13], [10, 30, 31], [20, 21, 22]]
+    completions = [Completion(prompt, i, a, [0.0] * len(a), "", "stop", 1) for i, a in enumerate(answers)]
+    experience = packed(completions)
+    assert experience.forest.tokens.numel() == 6 + len({tuple(a[: i + 1]) for a in answers for i in range(len(a))})
+    assert experience.forest.tokens[experience.forest.sampled].tolist() == [t for a in answers for t in a]
+    policy.select(TRAINED)
+    weights = torch.randn(experience.layout.num_tokens, generator=torch.Generator().manual_seed(2))
+    scores = policy.logprobs(experience.forest, adapter=TRAINED, entropy=True)
+    alone = [policy.logprobs(packed([c]).forest, adapter=TRAINED, entropy=True) for c in completions]
+    theirs = separate_logprobs(policy, completions, 1.0)
+    assert (scores.logprobs - theirs).abs().max() < 2e-5
+    assert scores.entropy is not None
+    assert (scores.entropy - torch.cat([s.entropy for s in alone if s.entropy is not None])).abs().max() < 2e-5
+    mine_g, theirs_g = gradients(policy, scores.logprobs @ weights), gradients(policy, theirs @ weights)
+    scale = max(float(g.abs().max()) for g in theirs_g.values())
+    assert max(float((mine_g[k] - theirs_g[k]).abs().max()) for k in theirs_g) < 2e-5 * scale
+    for sequences in cut(experience, torch.arange(7), 12):
+        part = select(experience, sequences)
+        mask = torch.isin(experience.layout.sequence, sequences)
+        assert (policy.logprobs(part.forest, adapter=TRAINED).logprobs - theirs[mask]).abs().max() < 2e-5
+
+
 def test_deeper_segments_attend_to_their_ancestors_only(tiny_model: Path) -> None:
     """A conversation: prompt -> turn -> two replies. Each leaf equals its own path run alone."""
     from lorl.experience import Forest

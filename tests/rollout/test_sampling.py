@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lorl.rollout.engine import Sampling
-from lorl.rollout.sampling import inverse_cdf, sample, truncate, uniforms
+from lorl.rollout.sampling import draw_tokens, inverse_cdf, truncate, uniforms
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -13,7 +13,7 @@ def test_draws_follow_the_distribution() -> None:
     weights = torch.rand(1300, generator=torch.Generator().manual_seed(0)) ** 4
     weights[100:700] = 0
     draws = torch.from_numpy(uniforms(5, 40_000))
-    counts = torch.bincount(inverse_cdf(weights.expand(40_000, -1), draws), minlength=1300)
+    counts = torch.bincount(inverse_cdf(weights[None], torch.zeros(40_000, dtype=torch.int64), draws), minlength=1300)
     assert counts[100:700].sum() == 0
     p = weights.double() / weights.double().sum()
     big = p * 40_000 >= 5
@@ -28,7 +28,7 @@ def test_edges_never_leave_the_support(uniform: float) -> None:
     weights = torch.zeros(2, 1030)
     weights[0, 1029] = 1e-30
     weights[1, 0] = 1.0
-    assert inverse_cdf(weights, torch.full((2,), uniform, dtype=torch.float64)).tolist() == [1029, 0]
+    assert inverse_cdf(weights, torch.arange(2), torch.full((2,), uniform, dtype=torch.float64)).tolist() == [1029, 0]
 
 
 def test_truncations() -> None:
@@ -44,12 +44,22 @@ def test_truncations() -> None:
 
 
 def test_logprobs_are_of_the_untruncated_distribution_at_the_temperature() -> None:
-    logits = torch.tensor([[1.0, 2.0, 0.5]])
-    tokens, logprobs = sample(logits, torch.tensor([0.9], dtype=torch.float64), Sampling(temperature=0.5, top_k=1))
+    logits, row = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([0])
+    half = torch.tensor([0.5], dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits, row, half, Sampling(temperature=0.5, top_k=1))
     assert tokens.tolist() == [1]
     assert logprobs.item() == pytest.approx((logits / 0.5).log_softmax(-1)[0, 1].item())
-    tokens, logprobs = sample(logits, torch.tensor([0.0], dtype=torch.float64), Sampling(temperature=0.0))
+    tokens, logprobs = draw_tokens(logits, row, half, Sampling(temperature=0.0))
     assert (tokens.item(), logprobs.item()) == (1, pytest.approx(logits.log_softmax(-1)[0, 1].item()))
+
+
+def test_draws_name_their_distribution() -> None:
+    logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]])
+    tokens, logprobs = draw_tokens(
+        logits, torch.tensor([1, 0, 1]), torch.full((3,), 0.5, dtype=torch.float64), Sampling()
+    )
+    assert tokens.tolist() == [0, 1, 0]
+    assert logprobs.tolist() == pytest.approx([0.0] * 3, abs=1e-6)
 
 
 def test_uniforms_are_counted() -> None:

@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import UserError
-from lorl.policy import adapters, attention
+from lorl.policy import adapters, attention, lora
 from lorl.policy.fetch import resolve
 from lorl.policy.policy import Policy
 
@@ -53,6 +53,7 @@ def load_policy(
     forward pass."""
     base = load_base(model)
     peft = adapters.attach(base, TRAINED, adapter, seed)
+    lora.fuse(peft)
     policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED)
     policy.check_packing()
     return policy

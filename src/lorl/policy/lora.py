@@ -29,7 +29,8 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return base(x)
     names = self.active_adapters
     name = names[0]
-    if args or kwargs or self.merged or len(names) > 1 or name not in self.lora_A or name in self.lora_variant:
+    plain = len(names) == 1 and name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
+    if args or kwargs or self.merged or not plain:
         return Linear.forward(self, x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
     down = F.linear(self.lora_dropout[name](rows), _weight(self.lora_A[name]))

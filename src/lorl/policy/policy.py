@@ -103,10 +103,12 @@ class Policy:
         """Log-probabilities of the forest's sampled tokens under `adapter`, at the sampling temperature.
 
         Differentiable in the adapter's parameters when gradients are enabled. Only the states that predict a sampled
-        token reach the head. With `anchor`, the `states` of a reference, also the exact KL from it (a plain head only).
+        token reach the head, and one that several samples share does so once. With `anchor`, the `states` of a
+        reference, also the exact KL from it (a plain head only).
         """
         states = self.states(forest, adapter=adapter)
-        targets = forest.tokens[forest.sampled]
+        distinct, inverse = forest.distinct()
+        targets = forest.tokens[distinct]
         wanted: dict[str, Any] = {
             "temperature": temperature or 1.0,  # greedy rollouts are scored at temperature 1
             "entropy": entropy,
@@ -118,19 +120,25 @@ class Policy:
         else:
             vocabulary = self.config.get_text_config().vocab_size
             found = head_logprobs(states, self.logits, targets, vocabulary=vocabulary, **wanted)
-        scores = Scores(*found, wanted["squares"])
+        logprobs, entropies = found
+        squares = wanted["squares"]
+        scores = Scores(
+            logprobs[inverse],
+            None if entropies is None else entropies[inverse],
+            None if squares is None else squares[inverse],
+        )
         if anchor is not None:
             weight = self._head.weight
             scores.kl = linear_kl(
                 states.to(weight.dtype), anchor.to(weight.dtype), weight, temperature=wanted["temperature"]
-            )
+            )[inverse]
         return scores
 
     def states(self, forest: Forest, *, adapter: str | None) -> Tensor:
-        """[M, d]: the last hidden states that predict the sampled tokens."""
+        """[U, d]: the last hidden states that predict the distinct sampled tokens (see `Forest.distinct`)."""
         layout = attention.ForestAttention(forest)
         hidden = self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
-        return hidden[forest.previous[forest.sampled]]
+        return hidden[forest.previous[forest.distinct()[0]]]
 
     def scalars(self, forest: Forest, at: Tensor, *, adapter: str) -> Tensor:
         """What the adapter's scalar head reads off the hidden states of tokens `at`: int64[K] -> float32[K].

@@ -19,8 +19,8 @@ class _LayerCache:
 class DecodeCache:
     """Keys and values of B rows in G groups, and attention of one new token a row over them.
 
-    Each group's queries meet its prompt in one matrix product, whatever the number of samples. Rows and groups come
-    (`admit`) and go (`keep`) between steps; within a step the layout is fixed.
+    Each group's queries meet its prompt in one matrix product, whatever the number of samples. Rows come (`admit`),
+    fork and go (`keep`) between steps; within a step the layout is fixed.
 
     Shapes: B rows, G groups, K key-value heads, H query heads, P longest prompt, C columns for sampled tokens, D head
     size.
@@ -39,13 +39,13 @@ class DecodeCache:
         """int64[B]: the position of each row's next token."""
         return self._prompt_lengths[self._group] + self._lengths
 
-    def admit(self, recorded: dict[int, tuple[Tensor, Tensor]], paths: list[Tensor], samples: list[int]) -> None:
-        """Adds groups whose prompts' keys and values lie in `recorded` (layer -> ([K, T, D], the same)).
+    def admit(self, recorded: dict[int, tuple[Tensor, Tensor]], paths: list[Tensor]) -> None:
+        """Adds a group of one row for each prompt whose keys and values lie in `recorded` (layer -> ([K, T, D], same)).
 
-        `paths` (int64[P_g] each) says where each prompt's tokens lie among the T, `samples` how many rows each has.
+        `paths` (int64[P_g] each) says where each prompt's tokens lie among the T.
         """
         groups = self._prompt_lengths.numel()
-        new_rows = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(samples)).to(self._device)
+        new_rows = torch.arange(len(paths), device=self._device)
         self._group = torch.cat([self._group, new_rows + groups])
         self._lengths = torch.cat([self._lengths, torch.zeros_like(new_rows)])
         lengths = torch.tensor([len(path) for path in paths], device=self._device)
@@ -67,7 +67,8 @@ class DecodeCache:
             )
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but `rows` (int64, ascending), and the groups that have none left."""
+        """Makes `rows` (int64, not decreasing) the cache's rows: one named twice forks, one left out is dropped, and so
+        are groups that have none left."""
         group = self._group[rows]
         groups, self._group = torch.unique_consecutive(group, return_inverse=True)
         whole = groups.numel() == self._prompt_lengths.numel()

@@ -15,15 +15,16 @@ def uniforms(seed: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
-def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draws one token a row.
+def draw_tokens(logits: Tensor, row: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draws N tokens from B distributions.
 
     Args:
         logits: [B, V], any float type.
-        uniform: float64[B] in [0, 1).
+        row: int64[N], the distribution that each draw is from: samples that agree so far share one.
+        uniform: float64[N] in [0, 1).
 
     Returns:
-        int64[B] tokens, and float32[B] their log-probabilities at the sampling temperature (1 when greedy) before any
+        int64[N] tokens, and float32[N] their log-probabilities at the sampling temperature (1 when greedy) before any
         truncation: the quantity that training computes.
 
     Raises:
@@ -36,8 +37,8 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
             "begin anew or from an earlier checkpoint (another run.name, resume=CHECKPOINT)"
         )
     greedy = sampling.temperature == 0
-    tokens = log_p.argmax(-1) if greedy else inverse_cdf(truncate(log_p.exp(), sampling), uniform)
-    return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)
+    tokens = log_p.argmax(-1)[row] if greedy else inverse_cdf(truncate(log_p.exp(), sampling), row, uniform)
+    return tokens, log_p[row, tokens]
 
 
 def truncate(p: Tensor, sampling: Sampling) -> Tensor:
@@ -57,8 +58,10 @@ def truncate(p: Tensor, sampling: Sampling) -> Tensor:
     return p
 
 
-def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative weight passes `uniform` times the total. float32[B, V], float64[B] -> int64[B].
+def inverse_cdf(weights: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which a row's cumulative weight passes `uniform` times its total.
+
+    float32[B, V], int64[N] rows, float64[N] -> int64[N].
 
     In two levels, blocks and then entries, summed in float64: a flat float32 cumulative sum of a large vocabulary
     loses its tail. A token of zero weight is never drawn.
@@ -66,10 +69,11 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     rows, vocabulary = weights.shape
     padded = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
     blocks = padded.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = uniform.to(weights.device) * blocks[:, -1]
+    blocks = blocks[row]  # [N, V / _BLOCK]
+    target = uniform * blocks[:, -1]
     block = torch.searchsorted(blocks, target[:, None], right=True).clamp_(max=blocks.shape[1] - 1)
     below = blocks.gather(1, (block - 1).clamp_(min=0)).where(block > 0, 0.0)
-    inside = padded.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1).double()
+    inside = padded[row, block.squeeze(1)].double()  # [N, _BLOCK]
     entry = torch.searchsorted(inside.cumsum(-1), (target[:, None] - below).clamp_(min=0), right=True)
     last = _BLOCK - 1 - (inside.flip(-1) > 0).int().argmax(-1, keepdim=True)  # rounding never runs past the weight
     return (block * _BLOCK + torch.minimum(entry, last)).squeeze(1)

@@ -1,7 +1,8 @@
 """The embedded engine: batched sampling on the trainer's own weights, in its process, on any device.
 
-Sequences are decoded together. The samples of a prompt share its keys and values, rows leave the batch as they
-finish, and waiting prompts take their place.
+Sequences are decoded together. The samples of a prompt share its keys and values, and samples that agree so far are one
+row of the batch, which forks where they part: each distinct beginning is computed once, as in training. Rows leave as
+their samples finish, and waiting prompts take their place.
 """
 
 from collections import deque
@@ -20,20 +21,23 @@ from lorl.policy.attention import ForestAttention
 from lorl.policy.policy import Policy
 from lorl.rollout.decode import DecodeCache
 from lorl.rollout.engine import Request, Sampling
-from lorl.rollout.sampling import sample, uniforms
+from lorl.rollout.sampling import draw_tokens, uniforms
 
 _PREFILL_TOKENS = 8192  # prompts packed into one pass
 _LEAVE_SHARE = 8  # finished rows leave once they are an eighth of the batch: each leaving copies the cache
 
 
 @dataclass(slots=True)
-class _Row:
+class _Sample:
     request: Request
-    sample: int
+    index: int
     uniforms: Tensor  # float64[max_tokens]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: Finish | None = None
+
+
+_Branch = list[_Sample]  # samples with the same tokens so far: one row of the batch. Empty once all are finished
 
 
 class TorchEngine:
@@ -58,19 +62,21 @@ class TorchEngine:
         version = self._version(adapter)
         waiting = deque(requests)
         cache = DecodeCache(self._policy.device)
-        rows: list[_Row] = []
-        while waiting or rows:
-            if admitted := self._take(waiting, len(rows), sampling):
+        branches: list[_Branch] = []
+        while waiting or any(branches):
+            running = len(branches)
+            if admitted := self._take(waiting, sum(map(len, branches)), sampling):
                 fresh, logits = self._prefill(cache, admitted, sampling, adapter)
-                self._draw(fresh, logits, sampling)
-                rows += fresh
+                branches += fresh
             else:
-                self._draw(rows, self._step(cache, rows, adapter), sampling)
-            for row in rows:
-                if row.finish is None and (finish := self._finish(row, sampling)):
-                    row.finish = finish
-                    yield self._completion(row, sampling, version)
-            rows = _leave(cache, rows)
+                running = 0
+                logits = self._step(cache, branches, adapter)
+            drawn = self._draw(branches[running:], logits, sampling)
+            for sample in drawn:
+                sample.finish = self._finish(sample, sampling)
+                if sample.finish is not None:
+                    yield self._completion(sample, sampling, version)
+            branches = _part(cache, branches, running)
 
     def rest(self) -> None:
         """Nothing to give back: the cache lives only inside `generate`."""
@@ -119,9 +125,8 @@ class TorchEngine:
     @torch.inference_mode()
     def _prefill(
         self, cache: DecodeCache, requests: list[Request], sampling: Sampling, adapter: str | None
-    ) -> tuple[list[_Row], Tensor]:
-        """Runs the prompts packed, once each. Returns their rows and the logits [B, V] of each row's first token."""
-        samples = [len(request.seeds) for request in requests]
+    ) -> tuple[list[_Branch], Tensor]:
+        """Runs the prompts packed, once each: a branch a prompt, and the logits [B, V] of each one's first token."""
         device = self._policy.device
         packed = pack_prompts([request.prompt for request in requests])
         none = torch.empty(0, dtype=torch.int64)
@@ -136,75 +141,93 @@ class TorchEngine:
         layout = ForestAttention(forest, record=True)
         hidden = self._policy.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
         assert layout.recorded is not None
-        cache.admit(layout.recorded, packed.path, samples)
+        cache.admit(layout.recorded, packed.path)
         last = torch.stack([path[-1] for path in packed.path]).to(device)
         logits = self._policy.logits(hidden[last])
-        rows = [
-            _Row(request, index, torch.from_numpy(uniforms(seed, sampling.max_tokens)))
+        branches = [
+            [
+                _Sample(request, index, torch.from_numpy(uniforms(seed, sampling.max_tokens)))
+                for index, seed in enumerate(request.seeds)
+            ]
             for request in requests
-            for index, seed in enumerate(request.seeds)
         ]
-        return rows, logits.repeat_interleave(torch.tensor(samples, device=device), dim=0)
+        return branches, logits
 
     @torch.inference_mode()
-    def _step(self, cache: DecodeCache, rows: list[_Row], adapter: str | None) -> Tensor:
-        """Feeds each row's last token; logits [B, V] of the next."""
-        tokens = torch.tensor([row.tokens[-1] for row in rows], device=self._policy.device)
+    def _step(self, cache: DecodeCache, branches: list[_Branch], adapter: str | None) -> Tensor:
+        """Feeds each row's last token; logits [B, V] of the next. A row without samples gets any token, for nothing."""
+        last = [branch[0].tokens[-1] if branch else 0 for branch in branches]
         cache.begin()
+        tokens = torch.tensor(last, device=self._policy.device)
         hidden = self._policy.hidden(cache, tokens, cache.positions, adapter=adapter)
         cache.end()
         return self._policy.logits(hidden)
 
-    def _draw(self, rows: list[_Row], logits: Tensor, sampling: Sampling) -> None:
-        """Appends a token to every row. A finished row still in the batch goes on for nothing, up to its limit."""
-        limit = sampling.max_tokens - 1
-        draws = torch.stack([row.uniforms[min(len(row.tokens), limit)] for row in rows])
-        tokens, logprobs = sample(logits, draws, sampling)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            if row.finish is None:
-                row.tokens.append(token)
-                row.logprobs.append(logprob)
+    def _draw(self, branches: list[_Branch], logits: Tensor, sampling: Sampling) -> list[_Sample]:
+        """Appends a token to every sample of the branches, whose distributions are `logits` [B, V]."""
+        samples = [sample for branch in branches for sample in branch]
+        rows = [row for row, branch in enumerate(branches) for _ in branch]
+        device = logits.device
+        draws = torch.stack([sample.uniforms[len(sample.tokens)] for sample in samples]).to(device)
+        tokens, logprobs = draw_tokens(logits, torch.tensor(rows, device=device), draws, sampling)
+        for drawn, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist(), strict=True):
+            drawn.tokens.append(token)
+            drawn.logprobs.append(logprob)
+        return samples
 
-    def _finish(self, row: _Row, sampling: Sampling) -> Finish | None:
-        if row.tokens[-1] in self._policy.eos_token_ids and not sampling.ignore_eos:
+    def _finish(self, sample: _Sample, sampling: Sampling) -> Finish | None:
+        if sample.tokens[-1] in self._policy.eos_token_ids and not sampling.ignore_eos:
             return "stop"
-        if sampling.stop and self._stop_at(row, sampling) is not None:
+        if sampling.stop and self._stop_at(sample, sampling) is not None:
             return "stop"
-        return "length" if len(row.tokens) >= sampling.max_tokens else None
+        return "length" if len(sample.tokens) >= sampling.max_tokens else None
 
-    def _stop_at(self, row: _Row, sampling: Sampling) -> int | None:
+    def _stop_at(self, sample: _Sample, sampling: Sampling) -> int | None:
         """Where in the completion's text the first stop string begins."""
-        text = self._text(row)
+        text = self._text(sample)
         found = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
         return min(found, default=None)
 
-    def _text(self, row: _Row) -> str:
+    def _text(self, sample: _Sample) -> str:
         tokenizer: Any = self._policy.tokenizer
-        return tokenizer.decode(row.tokens, skip_special_tokens=True)
+        return tokenizer.decode(sample.tokens, skip_special_tokens=True)
 
-    def _completion(self, row: _Row, sampling: Sampling, version: int) -> Completion:
-        text = self._text(row)
-        if sampling.stop and (at := self._stop_at(row, sampling)) is not None:
+    def _completion(self, sample: _Sample, sampling: Sampling, version: int) -> Completion:
+        text = self._text(sample)
+        if sampling.stop and (at := self._stop_at(sample, sampling)) is not None:
             text = text[:at]
-        assert row.finish is not None
+        assert sample.finish is not None
         return Completion(
-            prompt=row.request.prompt,
-            sample=row.sample,
-            tokens=row.tokens,
-            logprobs=row.logprobs,
+            prompt=sample.request.prompt,
+            sample=sample.index,
+            tokens=sample.tokens,
+            logprobs=sample.logprobs,
             text=text,
-            finish=row.finish,
+            finish=sample.finish,
             version=version,
         )
 
 
-def _leave(cache: DecodeCache, rows: list[_Row]) -> list[_Row]:
-    """Drops finished rows once there are enough of them to be worth the copy."""
-    alive = [index for index, row in enumerate(rows) if row.finish is None]
-    if len(rows) - len(alive) < max(1, len(rows) // _LEAVE_SHARE):
-        return rows
-    cache.keep(torch.tensor(alive, dtype=torch.int64))
-    return [rows[index] for index in alive]
+def _part(cache: DecodeCache, branches: list[_Branch], running: int) -> list[_Branch]:
+    """Splits the branches from `running` on by their samples' last token, and takes finished samples out.
+
+    Forking copies the cache's rows, and so does leaving: rows without samples stay until there are enough of them, or
+    until a fork copies anyway.
+    """
+    parted: list[list[_Branch]] = [[branch] for branch in branches[:running]]
+    for branch in branches[running:]:
+        by_token: dict[int, _Branch] = {}
+        for sample in branch:
+            if sample.finish is None:
+                by_token.setdefault(sample.tokens[-1], []).append(sample)
+        parted.append(list(by_token.values()))
+    forked = any(len(parts) > 1 for parts in parted)
+    empty = sum(not any(parts) for parts in parted)
+    if not forked and empty < max(1, len(parted) // _LEAVE_SHARE):
+        return [parts[0] if parts else [] for parts in parted]
+    kept = [(row, part) for row, parts in enumerate(parted) for part in parts if part]
+    cache.keep(torch.tensor([row for row, _ in kept], dtype=torch.int64))
+    return [part for _, part in kept]
 
 
 def _bytes_per_token(policy: Policy) -> int:

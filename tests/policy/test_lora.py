@@ -1,0 +1,60 @@
+"""The fused LoRA forward is peft's, in value and gradient, and leaves to peft what it does not do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from lorl.policy.lora import fuse
+
+
+def model(folder: Path, **fields: object) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **fields)  # type: ignore[arg-type]
+    peft = get_peft_model(base, config)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert isinstance(peft, PeftModel)
+    return peft
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_value_and_gradient_are_pefts(tiny_model: Path, fields: dict[str, bool]) -> None:
+    tokens = torch.randint(2, 258, (2, 9), generator=torch.Generator().manual_seed(0))
+    found = []
+    for fused in (False, True):
+        peft = model(tiny_model, **fields)
+        if fused:
+            fuse(peft)
+        logits = peft(input_ids=tokens).logits
+        trained = [p for _, p in sorted(peft.named_parameters()) if p.requires_grad]
+        found.append((logits.detach(), torch.autograd.grad(logits.square().mean(), trained)))
+        with peft.disable_adapter():
+            found[-1] += (peft(input_ids=tokens).logits.detach(),)
+    (theirs, their_grads, their_base), (mine, my_grads, my_base) = found
+    assert torch.allclose(mine, theirs, atol=1e-5)
+    assert torch.equal(my_base, their_base)
+    for mine_g, theirs_g in zip(my_grads, their_grads, strict=True):
+        assert torch.allclose(mine_g, theirs_g, atol=1e-6)
+
+
+def test_merged_and_switched_adapters_still_work(tiny_model: Path) -> None:
+    tokens = torch.randint(2, 258, (1, 9), generator=torch.Generator().manual_seed(0))
+    peft = model(tiny_model)
+    fuse(peft)
+    with torch.no_grad():
+        apart = peft(input_ids=tokens).logits
+        peft.merge_adapter()
+        assert torch.allclose(peft(input_ids=tokens).logits, apart, atol=1e-4)
+        peft.unmerge_adapter()
+        peft.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+        peft.set_adapter("other")
+        with peft.disable_adapter():
+            base = peft(input_ids=tokens).logits
+        assert torch.allclose(peft(input_ids=tokens).logits, base, atol=1e-6)  # its B is zero
+        peft.set_adapter("default")
+        assert torch.allclose(peft(input_ids=tokens).logits, apart, atol=1e-5)
