@@ -29,7 +29,7 @@ demo: install
 	test -f .demo/data/train.parquet || $(BIN)/lorl data task number_sorting --output .demo/data \
 	  --option min_numbers=3 --option max_numbers=3 --option min_value=10 --option max_value=99 \
 	  --option max_decimals=0 --where direction=ascending --train 4096 --val 256 --shots 3 \
-	  --template 'Sort {direction}: {original_numbers}' --answer-template '[{sorted_numbers}]' --separator ,
+	  --template 'Sort {direction}: {original_numbers}' --answer-template '[{sorted_numbers}]'
 	test -f $(DEMO)/summary.json || $(BIN)/lorl train examples/demo.yaml seed=$(SEED) run.name=seed-$(SEED)
 	$(BIN)/lorl report $(DEMO)
 

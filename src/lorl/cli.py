@@ -188,7 +188,6 @@ def data_task(
         str, typer.Option(help="What a question looks like; {question}, or fields of its metadata")
     ] = "{question}",
     answer_template: Annotated[str, typer.Option(help="What a worked example's answer looks like")] = "{answer}",
-    separator: Annotated[str, typer.Option(help="Between the items of a list")] = ", ",
     option: Annotated[list[str] | None, typer.Option(help="The dataset's own options, KEY=VALUE")] = None,
     where: Annotated[list[str] | None, typer.Option(help="Only questions whose metadata has KEY=VALUE")] = None,
 ) -> None:
@@ -208,7 +207,6 @@ def data_task(
         answer_template=answer_template,
         where=parse_values(where or []),
         shot_style="inline" if inline else "turns",
-        separator=separator,
     )
     for path in paths.values():
         typer.echo(f"wrote {path}")

@@ -39,7 +39,6 @@ def write_task(
     answer_template: str = "{answer}",
     where: Mapping[str, Any] | None = None,
     shot_style: ShotStyle = "turns",
-    separator: str = ", ",
 ) -> dict[str, Path]:
     """Write `output`/train.parquet and val.parquet with distinct questions of reasoning-gym's task `name`.
 
@@ -54,7 +53,7 @@ def write_task(
         shots: Worked examples before every question (the same ones).
         options: Fields of the dataset's config, such as min_numbers.
         template: What the question looks like. Fields: question, answer and the entry's metadata; lists are joined by
-            `separator` and whole numbers lose their ".0", so that "Sort {direction}: {original_numbers}" gives
+            ", " and whole numbers lose their ".0", so that "Sort {direction}: {original_numbers}" gives
             "Sort ascending: 48, 12, 77".
         answer_template: What a worked example's answer looks like; reasoning-gym's scorer must take it for right.
         where: Metadata that an entry must have, such as {"direction": "ascending"}; others are drawn again.
@@ -68,7 +67,7 @@ def write_task(
         raise UserError(f"a task takes train and val from 1 and shots from 0, not {train=}, {val=}, {shots=}")
     if shot_style not in typing.get_args(ShotStyle):
         raise UserError(f"there is no shot style {shot_style!r}; {nearest(shot_style, typing.get_args(ShotStyle))}")
-    task = _Task(name, dict(options or {}), template, answer_template, dict(where or {}), separator)
+    task = _Task(name, dict(options or {}), template, answer_template, dict(where or {}))
     seen: set[str] = set()  # val before train: val stays the same however many train questions are asked for
     examples = task.items(shots, stable_seed(seed, name, "shots"), seen)
     val_items = task.items(val, stable_seed(seed, name, "val"), seen)
@@ -151,7 +150,6 @@ class _Task:
         template: str,
         answer_template: str,
         where: dict[str, Any],
-        separator: str,
     ) -> None:
         try:
             from reasoning_gym.factory import DATASETS
@@ -163,7 +161,6 @@ class _Task:
         self.template = template
         self.answer_template = answer_template
         self.where = where
-        self.separator = separator
         self._dataset_class, self._config_class = DATASETS[name]
         self._options = check_options(name, self._config_class, options)
         self._score = self._dataset(seed=0, size=1).score_answer
@@ -207,7 +204,7 @@ class _Task:
     def _item(self, entry: Entry) -> _Item | None:
         """The entry rendered, or None where the filter leaves it out."""
         fields = {"question": entry["question"], "answer": entry["answer"] or ""}
-        fields = {name: _text(value, self.separator) for name, value in entry["metadata"].items()} | fields
+        fields = {name: _text(value) for name, value in entry["metadata"].items()} | fields
         for name, value in self.where.items():
             if name not in fields:
                 raise UserError(f"{self.name}'s entries have no {name!r} to filter by; {nearest(name, fields)}")
@@ -234,10 +231,10 @@ class _Task:
         )
 
 
-def _text(value: Any, separator: str) -> str:
+def _text(value: Any) -> str:
     """A metadata value as a template shows it."""
     if isinstance(value, list):
-        return separator.join(_text(item, separator) for item in value)
+        return ", ".join(_text(item) for item in value)
     text = str(value)
     return re.sub(r"^(-?\d+)\.0+$", r"\1", text)
 
