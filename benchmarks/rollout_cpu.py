@@ -95,7 +95,33 @@ def continuous_engine(path: Path, prompts: list[list[int]]) -> Callable[[], Comp
     return run
 
 
-ENGINES = {"generate": generate_engine, "continuous": continuous_engine}
+def lorl_engine(path: Path, prompts: list[list[int]]) -> Callable[[], Completions]:
+    """lorl's embedded engine: prompts and whatever samples agree on are computed once."""
+    from lorl.config import AdapterConfig, ModelConfig
+    from lorl.experience import Prompt
+    from lorl.policy.load import TRAINED, load_policy
+    from lorl.rollout.engine import Request, Sampling
+    from lorl.rollout.torch_engine import TorchEngine
+
+    policy = load_policy(ModelConfig(path=str(path)), AdapterConfig(rank=RANK, alpha=ALPHA), seed=0)
+    for name, parameter in policy.parameters(TRAINED).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    engine = TorchEngine(policy)
+    engine.publish(TRAINED, 1, policy.checksum(TRAINED))
+    requests = [
+        Request(Prompt(str(i), ids, ""), [i * SAMPLES + sample for sample in range(SAMPLES)])
+        for i, ids in enumerate(prompts)
+    ]
+    sampling = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
+
+    def run() -> Completions:
+        return [completion.tokens for completion in engine.generate(requests, sampling, adapter=TRAINED)]
+
+    return run
+
+
+ENGINES = {"generate": generate_engine, "continuous": continuous_engine, "lorl": lorl_engine}
 
 
 def time_engine(name: str, path: Path, repeats: int) -> None:
