@@ -41,11 +41,12 @@ def reward(sample: int) -> float:
 
 
 def side_arguments() -> argparse.Namespace:
-    """`model` (folder), `case` and `steps` (the warm-up step included) as `step_cpu.py` hands them to a side."""
+    """`model` (folder), `case`, `steps` (the warm-up step included) and `micro_batch` as `step_cpu.py` hands them to a side."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("case", choices=PROMPT_TOKENS)
     parser.add_argument("steps", type=int)
+    parser.add_argument("micro_batch", type=int, help="completions in one of TRL's passes; lorl packs by tokens")
     return parser.parse_args()
 
 

@@ -23,8 +23,6 @@ from _step_case import (
     side_arguments,
 )
 
-MICRO_BATCH = 4  # completions in one forward and backward pass
-
 
 class StepClock(TrainerCallback):
     """Wall time from the end of one optimizer step to the end of the next; insists on a gradient in each."""
@@ -46,15 +44,15 @@ class StepClock(TrainerCallback):
         self.last = now
 
 
-def config(steps: int) -> GRPOConfig:
+def config(steps: int, micro_batch: int) -> GRPOConfig:
     return GRPOConfig(
         output_dir="/tmp/lorl-bench-trl",  # named because TRL asks for one; nothing is saved
         max_steps=steps,
-        # All completions are sampled in one pass and trained on in parts; one part of 16 x 211 tokens peaks at 12 GiB.
+        # All completions are sampled in one pass and trained on in passes of `micro_batch`.
         # Old log-probabilities are not recomputed, as generation and step are aligned.
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=PROMPTS_PER_STEP * SAMPLES // MICRO_BATCH,
-        steps_per_generation=PROMPTS_PER_STEP * SAMPLES // MICRO_BATCH,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=PROMPTS_PER_STEP * SAMPLES // micro_batch,
+        steps_per_generation=PROMPTS_PER_STEP * SAMPLES // micro_batch,
         num_generations=SAMPLES,
         num_iterations=1,
         beta=0.0,
@@ -95,7 +93,7 @@ def main() -> None:
     trainer = GRPOTrainer(
         model=arguments.model,
         reward_funcs=rewards,
-        args=config(arguments.steps),
+        args=config(arguments.steps, arguments.micro_batch),
         train_dataset=Dataset.from_list([{"prompt": prompt.text} for prompt in prompts]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear"),

@@ -31,6 +31,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, help=f"safetensors folder (default {DEFAULT_MODEL})"
     )
+    parser.add_argument(
+        "--trl-micro-batch", type=int, default=16, help="completions in one of TRL's passes (default 16: all at once)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     chosen = parser.parse_args()
     if chosen.steps < 1 or chosen.repeats < 1:
@@ -43,6 +46,7 @@ def arguments() -> argparse.Namespace:
 def run_side(python: str, script: str, case: str, chosen: argparse.Namespace) -> dict:
     """One side in a fresh process; the JSON line that it printed last."""
     command = [python, str(HERE / script), str(chosen.model), case, str(chosen.steps + WARM_UP_STEPS)]
+    command.append(str(chosen.trl_micro_batch))
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(chosen.threads)}
     done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
     if done.returncode != 0:

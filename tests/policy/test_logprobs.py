@@ -16,7 +16,7 @@ def reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
 @pytest.mark.parametrize("rows", [0, 1, 37])
 @pytest.mark.parametrize("path", ["linear", "any head"])
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, rows: int, temperature: float, path: str) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 101 * 8)  # several chunks, the last one short
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 101 * 8)  # several chunks, the last one short
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, 16, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(101, 16, dtype=torch.float64, generator=generator)

@@ -21,7 +21,7 @@ from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logprobs
 def test_sums_of_squared_probabilities_come_with_the_same_pass(
     monkeypatch: pytest.MonkeyPatch, path: str, grad: bool
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 101 * 8)  # several chunks, the last one short
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 101 * 8)  # several chunks, the last one short
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 16, dtype=torch.float64, generator=generator, requires_grad=grad)
     weight = torch.randn(101, 16, dtype=torch.float64, generator=generator)
@@ -40,7 +40,7 @@ def test_sums_of_squared_probabilities_come_with_the_same_pass(
 
 
 def test_exact_kl_equals_its_definition_in_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 101 * 8)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 101 * 8)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(21, 16, dtype=torch.float64, generator=generator, requires_grad=True)
     anchor = torch.randn(21, 16, dtype=torch.float64, generator=generator)

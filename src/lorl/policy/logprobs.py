@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 1 << 25  # logits of one chunk: 128 MiB in float32
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # of one chunk's float32 logits; a chunk holds a few such arrays
 
 
 class _LinearLogprobs(Function):
@@ -38,7 +38,7 @@ class _LinearLogprobs(Function):
         entropy = torch.zeros_like(logprobs)
         toward = torch.empty_like(hidden) if need_grad else None
         spread = torch.empty_like(hidden) if need_grad and need_entropy else None
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+        for rows in _chunks(hidden, weight.shape[0]):
             log_p = torch.log_softmax((hidden[rows] @ weight.T).to(logprobs.dtype) / temperature, dim=-1)
             logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
             if not need_grad and not need_entropy and squares is None:
@@ -71,7 +71,7 @@ class _LinearKL(Function):
         """hidden, anchor [M, d], weight [V, d] -> KL(p || q) float32[M] of their softmaxes over the vocabulary."""
         divergence = torch.empty(hidden.shape[0], dtype=_wide(hidden.dtype), device=hidden.device)
         toward = torch.empty_like(hidden)
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+        for rows in _chunks(hidden, weight.shape[0]):
             log_p, log_q = (
                 torch.log_softmax((states[rows] @ weight.T).to(divergence.dtype) / temperature, dim=-1)
                 for states in (hidden, anchor)
@@ -147,14 +147,14 @@ def head_logprobs(
         return empty, empty if entropy else None
     pieces = [
         checkpoint(chunk, hidden[rows], targets[rows], None if squares is None else squares[rows], use_reentrant=False)
-        for rows in _chunks(hidden.shape[0], vocabulary)
+        for rows in _chunks(hidden, vocabulary)
     ]
     logprobs, entropies = (torch.cat(columns) for columns in zip(*pieces, strict=True))
     return logprobs, entropies if entropy else None
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
+    rows, size = hidden.shape[0], max(1, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -48,6 +48,7 @@ class Policy:
     def __init__(self, peft: PeftModel, tokenizer: PreTrainedTokenizerBase, *, trained: str) -> None:
         self._peft = peft
         self._layers = adapters.layers(peft)
+        self._adapter_parameters: dict[str, dict[str, nn.Parameter]] = {}
         self.trained = trained
         self.tokenizer = tokenizer
         base: Any = peft.get_base_model()
@@ -182,7 +183,9 @@ class Policy:
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The adapter's float32 masters under peft's file names, sorted by name; its scalar head's come last."""
-        found = adapters.parameters(self._peft, adapter)
+        if adapter not in self._adapter_parameters:  # peft walks the whole model for them
+            self._adapter_parameters[adapter] = adapters.parameters(self._peft, adapter)
+        found = self._adapter_parameters[adapter]
         return found | self._scalar_heads[adapter].parameters() if adapter in self._scalar_heads else found
 
     def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
@@ -200,6 +203,7 @@ class Policy:
         for name, parameter in head.items():
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise UserError(f"{origin} holds no {name!r} of {parameter.numel()} values: it is no such adapter.")
+        self._adapter_parameters.clear()
         adapters.load_tensors(self._peft, adapter, {k: v for k, v in tensors.items() if k not in head}, origin)
         for name, parameter in head.items():
             parameter.data.copy_(tensors[name])
@@ -216,6 +220,7 @@ class Policy:
         self.train_mode(False)
         self._learning |= {name} if learns else set()
         self._selected = ...
+        self._adapter_parameters.clear()
 
     def add_scalar_head(self, adapter: str, name: str) -> None:
         """Gives `adapter` a head for `scalars`, which says 0 of everything until it learns."""
@@ -230,6 +235,7 @@ class Policy:
         self._layers = adapters.layers(self._peft)
         self.train_mode(False)
         self._selected = ...
+        self._adapter_parameters.clear()
 
     def checksum(self, adapter: str) -> str:
         """Of the adapter's present values; see `adapters.checksum`."""
