@@ -41,7 +41,7 @@ def reward(sample: int) -> float:
 
 
 def side_arguments() -> argparse.Namespace:
-    """`model` (folder), `case`, `steps` (the warm-up step included) and `micro_batch` as `step_cpu.py` hands them to a side."""
+    """What `step_cpu.py` hands to a side: `model` (folder), `case`, `steps` (with the warm-up step), `micro_batch`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("case", choices=PROMPT_TOKENS)
