@@ -91,7 +91,7 @@ def test_format_wants_the_whole_completion() -> None:
         ("1 2 3\n4 5 6", "7 8 9\n1 2 3", True),
         ("[1, 2]", "1, 2", False),
         ("12", "The answer is 12", False),
-        ("['1', '2']", "[1, 2]", False),
+        ("['1', '2']", "[1, 2]", True),
         ("3", "three", False),
     ],
 )
