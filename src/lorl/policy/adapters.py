@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -23,7 +22,7 @@ def attach(model: PreTrainedModel, name: str, config: AdapterConfig, seed: int) 
 
     A fresh adapter's initial values depend on `seed` and `name` alone; the global generator is left as it was.
     """
-    lora = read_config(Path(config.path)) if config.path else _fresh_config(config)
+    lora = configured(config)
     _check_targets(model, lora)
     with torch.random.fork_rng():
         torch.manual_seed(stable_seed(seed, "adapter", name))
@@ -35,6 +34,11 @@ def attach(model: PreTrainedModel, name: str, config: AdapterConfig, seed: int) 
     if config.path:
         load_tensors(peft, name, read_tensors(Path(config.path)), str(config.path))
     return peft
+
+
+def configured(config: AdapterConfig) -> LoraConfig:
+    """What `attach` will make: the configuration in `config.path`, or the one that the keys describe."""
+    return read_config(Path(config.path)) if config.path else _fresh_config(config)
 
 
 def attach_copy(peft: PeftModel, source: str, name: str) -> None:
@@ -69,6 +73,13 @@ def like(lora: LoraConfig, *, rank: int | None, alpha: float | None, targets: st
 
 def layers(peft: PeftModel) -> list[BaseTunerLayer]:
     return [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def scaling(peft: PeftModel, name: str) -> dict[str, float]:
+    """The factor of B A in each layer that adapter `name` adapts, by the layer's name in the base."""
+    named: Any = peft.get_base_model().named_modules()
+    factors = ((module, getattr(layer, "scaling", {})) for module, layer in named if isinstance(layer, BaseTunerLayer))
+    return {module: float(scaling[name]) for module, scaling in factors if name in scaling}
 
 
 def parameters(peft: PeftModel, name: str) -> dict[str, nn.Parameter]:
@@ -133,16 +144,6 @@ def config_dict(peft: PeftModel, name: str) -> dict[str, Any]:
     raw = peft.peft_config[name].to_dict()
     raw["inference_mode"] = True
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(raw.items())}
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """XXH3-128 over names and bytes, hexadecimal. It finds mistakes, not malice: a step takes it three times, and it
-    reads memory at memory's speed."""
-    digest = xxhash.xxh3_128()
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(tensors[key].detach().contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _fresh_config(config: AdapterConfig) -> LoraConfig:

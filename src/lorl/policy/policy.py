@@ -10,9 +10,10 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorl.errors import UserError
+from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Forest
 from lorl.policy import adapters, attention
+from lorl.policy.checksums import checksum
 from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logprobs
 
 
@@ -43,6 +44,8 @@ class Policy:
     Attributes:
         trained: the adapter that the optimizer updates.
         tokenizer, device, dtype: of the base.
+        altered: why the base's weights are not its own at present ("adapter 'policy' is folded into them"), or None.
+            Whoever writes into them sets it, and nothing reads the base by way of the policy until it is None again.
     """
 
     def __init__(self, peft: PeftModel, tokenizer: PreTrainedTokenizerBase, *, trained: str) -> None:
@@ -60,7 +63,14 @@ class Policy:
         self._scalar_heads: dict[str, _ScalarHead] = {}
         self._learning = {trained}
         self._selected: Any = ...  # nothing yet
+        self.altered: str | None = None
         self.train_mode(False)  # peft makes its dropout layers switched on
+
+    @property
+    def peft(self) -> PeftModel:
+        """The base with its adapters. Raises InfrastructureError while the base is `altered`."""
+        self._check_unaltered()
+        return self._peft
 
     @property
     def config(self) -> Any:
@@ -86,6 +96,7 @@ class Policy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[M, d] -> [M, vocab], as the model's own forward pass would give them."""
+        self._check_unaltered()
         with self._autocast():
             out = self._head(hidden)
         cap = getattr(self.config, "final_logit_softcapping", None)
@@ -163,9 +174,9 @@ class Policy:
 
     def select(self, adapter: str | None) -> None:
         """Makes `adapter` the one that the layers apply. Only adapters that learn ever require gradients."""
+        tuner: Any = self.peft.base_model  # every pass over the base comes by here
         if adapter == self._selected:
             return
-        tuner: Any = self._peft.base_model
         if adapter is None:
             tuner.disable_adapter_layers()
         else:
@@ -208,6 +219,10 @@ class Policy:
         for name, parameter in head.items():
             parameter.data.copy_(tensors[name])
 
+    def scaling(self, adapter: str) -> dict[str, float]:
+        """alpha / rank (or what the adapter's configuration makes of it) of each adapted module of the base."""
+        return adapters.scaling(self._peft, adapter)
+
     def lora_config(self, adapter: str) -> LoraConfig:
         config = self._peft.peft_config[adapter]
         assert isinstance(config, LoraConfig)
@@ -215,7 +230,7 @@ class Policy:
 
     def add_adapter(self, name: str, lora: LoraConfig, *, seed: int, learns: bool) -> None:
         """Adds a fresh adapter beside the others; its initial values depend on `seed` and `name` alone."""
-        adapters.add(self._peft, name, lora, seed)
+        adapters.add(self.peft, name, lora, seed)
         self._layers = adapters.layers(self._peft)
         self.train_mode(False)
         self._learning |= {name} if learns else set()
@@ -231,25 +246,33 @@ class Policy:
 
     def freeze_copy(self, source: str, name: str) -> None:
         """Adds `name`, a frozen copy of adapter `source` as it is now."""
-        adapters.attach_copy(self._peft, source, name)
+        adapters.attach_copy(self.peft, source, name)
         self._layers = adapters.layers(self._peft)
         self.train_mode(False)
         self._selected = ...
         self._adapter_parameters.clear()
 
     def checksum(self, adapter: str) -> str:
-        """Of the adapter's present values; see `adapters.checksum`."""
-        return adapters.checksum({name: value.data for name, value in self.parameters(adapter).items()})
+        """Of the adapter's present values."""
+        return checksum({name: value.data for name, value in self.parameters(adapter).items()})
+
+    def base_checksum(self) -> str:
+        """Of every byte of the base."""
+        return checksum(self.base_tensors())
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The base's frozen weights under its own names, sorted; adapters are left out."""
+        named = self.peft.get_base_model().named_parameters()
+        found = {name.replace(".base_layer", ""): value.detach() for name, value in named if "lora_" not in name}
+        return dict(sorted(found.items()))
 
     def base_fingerprint(self) -> str:
         """Tells bases apart without reading them whole: names, shapes and the ends of every frozen tensor."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, parameter in sorted(self._base.named_parameters()):
-            if "lora_" in name:
-                continue
-            flat = parameter.detach().reshape(-1)
+        for name, tensor in self.base_tensors().items():
+            flat = tensor.reshape(-1)
             ends = torch.cat([flat[:16], flat[-16:]]).float().cpu()
-            digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(ends.numpy().tobytes())
         return digest.hexdigest()
 
@@ -285,6 +308,10 @@ class Policy:
                 f"{type(self._base).__name__}: packed attention is off from the model's own by {error:.1e} (relative); "
                 "this architecture is not supported."
             )
+
+    def _check_unaltered(self) -> None:
+        if self.altered:
+            raise InfrastructureError(f"the base can't be read: {self.altered}.")
 
     def _autocast(self) -> Any:
         """Products in the base's dtype while the adapters' masters stay float32."""
