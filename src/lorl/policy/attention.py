@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from lorl.errors import UserError
 from lorl.experience import Forest
+from lorl.policy import varlen
 
 NAME = "lorl"
 
@@ -47,7 +48,8 @@ def _attention(
         what = "soft-capped attention scores" if softcap is not None else "attention sinks"
         raise UserError(f"{type(module).__name__} uses {what}, which lorl's packed attention does not compute yet.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: Any = module.layer_idx
+    # Only a cache asks which layer this is. A layer being compiled must not: it would be compiled again for each index.
+    layer: Any = -1 if torch.compiler.is_compiling() else module.layer_idx
     out = layout.attend(layer, query[0], key[0], value[0], scale=scale, window=sliding_window)
     return out.transpose(0, 1).unsqueeze(0), None
 
@@ -98,22 +100,18 @@ def units(forest: Forest) -> list[Unit]:
 class ForestAttention:
     """Every tree of the forest attends within itself, each shared segment once.
 
-    On the CPU the forest is a few calls of scaled-dot-product attention with dense masks (FlexAttention has no backward
-    there): one a tree, or, where a tree's root is itself shared by several prompts, one a prompt with the root's keys
-    in front. On a GPU it is one FlexAttention call whose block mask skips what no token may see.
+    On the CPU the forest is a few calls of scaled-dot-product attention with dense masks: one a tree, or, where a
+    tree's root is itself shared by several prompts, one a prompt with the root's keys in front. On a GPU in half
+    precision it is one FlashAttention call (see `lorl.policy.varlen`).
     With `record` set, the keys and values of every layer are kept: that is how the engine fills its cache.
 
     Segments must be in depth-first order: a segment's descendants follow it without a gap.
     """
 
     def __init__(self, forest: Forest, *, record: bool = False) -> None:
-        device = forest.tokens.device
-        lengths = (forest.segments[1:] - forest.segments[:-1]).to(torch.int64).cpu()
-        self._ancestry = ancestry(forest).to(device)
-        self._segment = torch.repeat_interleave(torch.arange(lengths.numel()), lengths).to(device)
-        self._positions = forest.positions
-        self._units = units(forest)
-        self._masks: dict[int | None, Any] = {}
+        self._forest = forest
+        self.spans = varlen.spans(forest) if forest.tokens.is_cuda else None
+        self._dense: _DenseAttention | None = None
         self.recorded: dict[int, tuple[Tensor, Tensor]] | None = {} if record else None
 
     def attend(
@@ -121,25 +119,46 @@ class ForestAttention:
     ) -> Tensor:
         if self.recorded is not None:
             self.recorded[layer] = (key, value)
-        if query.device.type == "cuda":
-            return _flex(query, key, value, self._block_mask(window), scale)
-        return self._dense(query, key, value, scale, window)
+        if self.spans is not None and varlen.supports(query):
+            q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+            return varlen.attend(q, k, v, self.spans, scale=scale, window=window).transpose(0, 1)
+        if self._dense is None:
+            self._dense = _DenseAttention(self._forest)
+        return self._dense.attend(query, key, value, scale, window)
 
-    def _dense(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+
+class _DenseAttention:
+    """Attention unit by unit, with a mask over all of a unit's pairs of tokens where plain causal order won't do."""
+
+    def __init__(self, forest: Forest) -> None:
+        device = forest.tokens.device
+        lengths = (forest.segments[1:] - forest.segments[:-1]).to(torch.int64).cpu()
+        self._ancestry = ancestry(forest).to(device)
+        self._segment = torch.repeat_interleave(torch.arange(lengths.numel()), lengths).to(device)
+        self._positions = forest.positions
+        self._units = units(forest)
+        self._masks: dict[int | None, list[Tensor | None]] = {}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """As `Layout.attend`."""
         if window not in self._masks:
             self._masks[window] = [self._allowed(unit, window) for unit in self._units]
+        grouped = query.shape[0] != key.shape[0]
+        if grouped and query.is_cuda:  # the memory-saving kernel for float32 takes no grouped heads
+            key, value = (x.repeat_interleave(query.shape[0] // key.shape[0], dim=0) for x in (key, value))
+            grouped = False
         pieces = []
         for unit, mask in zip(self._units, self._masks[window], strict=True):
             q = query[None, :, unit.start : unit.end]
             k, v = (unit.keys(x)[None] for x in (key, value))
             pieces.append(
                 F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
                 )[0]
             )
         return torch.cat(pieces, dim=1)
 
-    def _allowed(self, unit: "Unit", window: int | None) -> Tensor | None:
+    def _allowed(self, unit: Unit, window: int | None) -> Tensor | None:
         """bool[queries, keys] of a unit; None where plain causal attention says the same (a lone segment)."""
         segment, positions = (x[unit.start : unit.end] for x in (self._segment, self._positions))
         if window is None and not unit.context and bool((segment == segment[0]).all()):
@@ -147,30 +166,3 @@ class ForestAttention:
         key_segment, key_positions = (unit.keys(x[None])[0] for x in (self._segment, self._positions))
         allowed = self._ancestry[segment[:, None], key_segment] & (positions[:, None] >= key_positions)
         return allowed if window is None else allowed & (positions[:, None] - key_positions < window)
-
-    def _block_mask(self, window: int | None) -> Any:
-        if window not in self._masks:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            segment, positions, ancestry_of = self._segment, self._positions, self._ancestry
-
-            def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                seen = ancestry_of[segment[q], segment[k]] & (positions[q] >= positions[k])
-                return seen if window is None else seen & (positions[q] - positions[k] < window)
-
-            total = positions.numel()
-            self._masks[window] = create_block_mask(visible, None, None, total, total, device=positions.device)
-        return self._masks[window]
-
-
-_compiled_flex: Any = None
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
-    global _compiled_flex
-    if _compiled_flex is None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _compiled_flex = torch.compile(flex_attention, dynamic=True)
-    q, k, v = (x.unsqueeze(0) for x in (query, key, value))
-    return _compiled_flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0]

@@ -57,18 +57,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorl"
 
 
-def resolve(path: str) -> str:
+def resolve(path: str, *, weights: bool = True) -> str:
     """What `model.path` stands for, in the form that `from_pretrained` takes: a folder or a hub id.
 
     A model folder is itself; a name in FETCHABLE is its folder in the cache, fetched now when missing; `org/name` is
-    taken for a hub id.
+    taken for a hub id. With `weights=False` a folder that only describes a model will do.
 
     Raises:
         UserError: It is none of these, or a folder without a config or without safetensors weights; or the fetch
             fails.
     """
     folder = Path(path).expanduser()
-    if _is_model(folder):
+    if _is_model(folder) or (not weights and (folder / "config.json").is_file()):
         return str(folder)
     if path in FETCHABLE:
         return str(fetch(path))

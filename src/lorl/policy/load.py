@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import UserError
-from lorl.policy import adapters, attention, lora
+from lorl.policy import adapters, attention, layers, lora
 from lorl.policy.fetch import resolve
 from lorl.policy.policy import Policy
 
@@ -20,7 +20,7 @@ REFERENCE = "reference"
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The base's tokenizer; one without a padding token pads with its end-of-sequence token."""
-    path = resolve(config.path)
+    path = resolve(config.path, weights=not config.random_weights)
     with _model_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -32,28 +32,60 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def load_base(config: ModelConfig) -> PreTrainedModel:
     """The frozen base on its device, with lorl's attention plugged in."""
-    path = resolve(config.path)
+    path = resolve(config.path, weights=not config.random_weights)
     device = pick_device(config)
+    dtype = pick_dtype(config, device)
     with _model_errors(config):
+        if config.random_weights:
+            return _random_base(config, path, device, dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
-            dtype=pick_dtype(config, device),
+            dtype=dtype,
             attn_implementation=attention.NAME,
         )
     model.requires_grad_(False)
     return model.to(device).eval()
 
 
+def _random_base(config: ModelConfig, path: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    shape = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    with torch.random.fork_rng(), device:
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention.NAME)
+    model.requires_grad_(False)
+    model = model.to(device).eval()
+    fill_random(model)
+    return model
+
+
+@torch.no_grad()
+def fill_random(model: PreTrainedModel) -> None:
+    """Weights as before any training, in place: normal matrices, norms of one, biases of zero."""
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if "lora_" not in name]
+    generator = torch.Generator(parameters[0][1].device).manual_seed(0)
+    for name, parameter in parameters:
+        if parameter.dim() > 1:
+            parameter.normal_(0, std, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
 def load_policy(
-    model: ModelConfig, adapter: AdapterConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base: PreTrainedModel | None = None,
 ) -> Policy:
     """A policy with its trained adapter (fresh, or the one in `adapter.path`), checked against transformers' own
-    forward pass."""
-    base = load_base(model)
+    forward pass. `base` is given where its weights are another's."""
+    base = load_base(model) if base is None else base
     peft = adapters.attach(base, TRAINED, adapter, seed)
     lora.fuse(peft)
+    layers.install(base, compiled=base.device.type == "cuda", recompute=model.gradient_checkpointing)
     policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED)
     policy.check_packing()
     return policy

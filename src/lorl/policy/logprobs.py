@@ -11,6 +11,7 @@ done a second time, and nothing of vocabulary width outlives its chunk.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # of one chunk's float32 logits; a chunk holds a few such arrays
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}  # of one chunk's logits; a chunk holds a few such arrays
+MIN_COMPILED = 512  # rows of a GPU's pass; below it, compiling what is done to the logits costs more than it saves
 
 
 class _LinearLogprobs(Function):
@@ -38,21 +40,20 @@ class _LinearLogprobs(Function):
         entropy = torch.zeros_like(logprobs)
         toward = torch.empty_like(hidden) if need_grad else None
         spread = torch.empty_like(hidden) if need_grad and need_entropy else None
-        for rows in _chunks(hidden, weight.shape[0]):
-            log_p = torch.log_softmax((hidden[rows] @ weight.T).to(logprobs.dtype) / temperature, dim=-1)
-            logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
-            if not need_grad and not need_entropy and squares is None:
-                continue
-            p = log_p.exp()
-            if squares is not None:
-                squares[rows] = p.square().sum(-1)
-            if need_entropy:
-                entropy[rows] = -(p * log_p).sum(-1)
+        reads: Callable[..., tuple[Any, ...]]
+        reads = _compiled_reads() if hidden.is_cuda and hidden.shape[0] >= MIN_COMPILED else _read_logits
+        for rows in _chunks(hidden, weight.shape[0], hidden.element_size()):
+            wanted = (need_grad, need_entropy, squares is not None)
+            chosen, p, ent, square, surprise = reads(hidden[rows] @ weight.T, targets[rows], temperature, *wanted)
+            logprobs[rows] = chosen
+            if square is not None and squares is not None:
+                squares[rows] = square
+            if ent is not None:
+                entropy[rows] = ent
             if toward is not None:
-                toward[rows] = (weight[targets[rows]] - p.to(weight.dtype) @ weight) / temperature
+                toward[rows] = (weight[targets[rows]] - p @ weight) / temperature
             if spread is not None:
-                surprise = p * (log_p + entropy[rows, None])
-                spread[rows] = surprise.to(weight.dtype) @ weight / -temperature
+                spread[rows] = surprise @ weight / -temperature
         ctx.save_for_backward(toward, spread)
         return logprobs, entropy
 
@@ -65,13 +66,37 @@ class _LinearLogprobs(Function):
         return grad, None, None, None, None, None
 
 
+def _read_logits(
+    logits: Tensor, targets: Tensor, temperature: float, need_grad: bool, need_entropy: bool, need_squares: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Of logits [M, V]: log p of `targets` [M], p [M, V], entropies [M], sum p^2 [M] and p (log p + H) [M, V].
+
+    What isn't needed is None. Arrays of vocabulary width come in the logits' dtype, the others are float32 or wider.
+    """
+    log_p = torch.log_softmax(logits.to(_wide(logits.dtype)) / temperature, dim=-1)
+    chosen = log_p.gather(1, targets[:, None]).squeeze(1)
+    if not (need_grad or need_entropy or need_squares):
+        return chosen, None, None, None, None
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1) if need_entropy else None
+    surprise = (p * (log_p + entropy[:, None])).to(logits.dtype) if need_grad and entropy is not None else None
+    squares = p.square().sum(-1) if need_squares else None
+    return chosen, p.to(logits.dtype) if need_grad else None, entropy, squares, surprise
+
+
+@cache
+def _compiled_reads() -> Callable[..., tuple[Any, ...]]:
+    """`_read_logits` in two passes over the logits, without float32 copies of them."""
+    return torch.compile(_read_logits, dynamic=True)
+
+
 class _LinearKL(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, anchor: Tensor, weight: Tensor, temperature: float) -> Tensor:
         """hidden, anchor [M, d], weight [V, d] -> KL(p || q) float32[M] of their softmaxes over the vocabulary."""
         divergence = torch.empty(hidden.shape[0], dtype=_wide(hidden.dtype), device=hidden.device)
         toward = torch.empty_like(hidden)
-        for rows in _chunks(hidden, weight.shape[0]):
+        for rows in _chunks(hidden, weight.shape[0], 4):
             log_p, log_q = (
                 torch.log_softmax((states[rows] @ weight.T).to(divergence.dtype) / temperature, dim=-1)
                 for states in (hidden, anchor)
@@ -147,14 +172,17 @@ def head_logprobs(
         return empty, empty if entropy else None
     pieces = [
         checkpoint(chunk, hidden[rows], targets[rows], None if squares is None else squares[rows], use_reentrant=False)
-        for rows in _chunks(hidden, vocabulary)
+        for rows in _chunks(hidden, vocabulary, 4)
     ]
     logprobs, entropies = (torch.cat(columns) for columns in zip(*pieces, strict=True))
     return logprobs, entropies if entropy else None
 
 
-def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
-    rows, size = hidden.shape[0], max(1, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary))
+def _chunks(hidden: Tensor, vocabulary: int, width: int) -> list[slice]:
+    """Rows whose logits of `width` bytes each fill CHUNK_BYTES; many of them are cut to a whole number of tiles."""
+    rows, size = hidden.shape[0], max(1, CHUNK_BYTES[hidden.device.type] // (width * vocabulary))
+    if hidden.is_cuda:
+        size -= size % 128 if size > 128 else 0
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

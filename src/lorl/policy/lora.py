@@ -4,6 +4,8 @@ peft computes `base(x) + B(A(x)) * scaling` with a product, a scaling and a sum 
 wide as the layer. Here the second product accumulates onto the first (`addmm_`, with the scaling as its factor), in the
 forward and in the backward pass. Layers that do anything else (DoRA and other variants, merged weights, mixed batches,
 quantised bases) keep peft's own forward.
+
+In a compiled layer (see `lorl.policy.layers`) the sum is left to the compiler, which makes it part of what reads it.
 """
 
 from types import MethodType
@@ -32,6 +34,10 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     plain = len(names) == 1 and name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
     if args or kwargs or self.merged or not plain:
         return Linear.forward(self, x, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        down, up = _weight(self.lora_A[name]), _weight(self.lora_B[name]) * self.scaling[name]
+        code = F.linear(self.lora_dropout[name](x), down)
+        return F.linear(x, base.weight, base.bias) + F.linear(code, up)
     rows = x.reshape(-1, x.shape[-1])
     down = F.linear(self.lora_dropout[name](rows), _weight(self.lora_A[name]))
     up = _weight(self.lora_B[name])

@@ -1,0 +1,212 @@
+"""Trained tokens a second on a GPU: a forest of shared prompts beside the same sequences each with its own prompt.
+
+    PYTHONPATH=src python benchmarks/forest_gpu.py [--cases 256+512x8 ...] [--tokens 8704 ...] [--recompute true]
+
+The forward and backward passes that an update makes, log-probability head included: Qwen2.5's 1.5B shape with random
+bf16 weights, an adapter of rank 32 on all linear layers. README.md says what is measured.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from lorl.config import AdapterConfig
+from lorl.experience import Completion, Forest, Outcome, Prompt
+from lorl.packing import cut, pack, select
+from lorl.policy import adapters, attention, lora
+from lorl.policy.load import TRAINED
+from lorl.policy.policy import Policy
+
+VOCABULARY = 151_936
+SHAPES = {  # Qwen2.5's: hidden size, inner size, layers, heads, key-value heads
+    "0.5b": (896, 4864, 24, 14, 2),
+    "1.5b": (1536, 8960, 28, 12, 2),
+    "7b": (3584, 18944, 28, 28, 4),
+    "32b": (5120, 27648, 64, 40, 8),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Groups of `samples` answers of `response` tokens to a prompt of `prompt` tokens."""
+
+    prompt: int
+    response: int
+    samples: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        lengths, samples = text.split("x")
+        prompt, response = lengths.split("+")
+        return cls(int(prompt), int(response), int(samples))
+
+    def __str__(self) -> str:
+        return f"{self.prompt}+{self.response} x{self.samples}"
+
+
+@dataclass
+class Row:
+    """What one case, packed one way in micro-batches of at most `budget` tokens, came to."""
+
+    case: Case
+    packing: str
+    budget: int
+    first_s: float  # the first pass, compilation included
+    seconds: list[float] = field(default_factory=list)  # of each later micro-batch
+    packed: int = 0  # tokens in a micro-batch
+    counted: int = 0  # tokens in it if every answer had its own prompt
+    peak_gib: float = 0.0
+
+    def line(self) -> str:
+        second = statistics.median(self.seconds)
+        return (
+            f"{self.case!s:>13} {self.packing:>8} {self.packed:>6} {self.counted / second:>10,.0f} "
+            f"{self.packed / second:>10,.0f} {second * 1e3:>8.1f} {self.peak_gib:>6.1f} {self.first_s:>7.1f}"
+        )
+
+
+HEADER = "         case  packing  batch  counted/s   packed/s ms/batch  GiB    first_s"
+
+
+def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool) -> Policy:
+    hidden, inner, layer_count, heads, kv_heads = SHAPES[shape]
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layer_count,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=hidden < 2048,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        base: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention.NAME)
+    base = base.to(dtype).requires_grad_(False).eval()
+    peft = adapters.attach(base, TRAINED, AdapterConfig(rank=32), seed=0)
+    lora.fuse(peft)
+    if not eager:
+        from lorl.policy import layers
+
+        layers.install(base, compiled=True, recompute=recompute)
+    policy = Policy(peft, None, trained=TRAINED)  # type: ignore[arg-type]  # the tokenizer is not asked
+    generator = torch.Generator("cuda").manual_seed(1)
+    for name, parameter in policy.parameters(TRAINED).items():
+        if "lora_B" in name:  # peft starts it at zero
+            parameter.data.normal_(0, 0.02, generator=generator)
+    return policy
+
+
+def forests(case: Case, groups: int, budget: int, *, shared: bool) -> Iterator[tuple[Forest, int]]:
+    """Micro-batches on the device, and how many tokens their sequences have."""
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda count: torch.randint(2, VOCABULARY, (count,), generator=generator).tolist()  # noqa: E731
+    completions = []
+    for group in range(groups):
+        prompt = draw(case.prompt)
+        for sample in range(case.samples):
+            name = f"p{group}" if shared else f"p{group}-{sample}"
+            answer = draw(case.response)
+            completions.append(Completion(Prompt(name, prompt, ""), sample, answer, [0.0] * len(answer), "", "stop", 1))
+    experience = pack(completions, [Outcome("ok", 1.0)] * len(completions))
+    for sequences in cut(experience, torch.arange(len(completions)), budget):
+        part = select(experience, sequences)
+        yield part.forest.to("cuda"), len(sequences) * (case.prompt + case.response)
+
+
+def train(policy: Policy, forest: Forest) -> None:
+    logprobs = policy.logprobs(forest, adapter=TRAINED).logprobs
+    (logprobs.sum() / 1000).backward()
+
+
+def measure(policy: Policy, case: Case, *, shared: bool, budget: int, groups: int) -> Row:
+    batches = list(forests(case, groups, budget, shared=shared))
+    largest = max(counted for _, counted in batches)
+    full = [(forest, counted) for forest, counted in batches if counted == largest]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    train(policy, full[0][0])
+    torch.cuda.synchronize()
+    row = Row(case, "shared" if shared else "own", budget, time.perf_counter() - start)
+    row.packed, row.counted = full[0][0].tokens.numel(), largest
+    train(policy, full[-1][0])
+    torch.cuda.reset_peak_memory_stats()
+    for forest, _ in full:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        train(policy, forest)
+        torch.cuda.synchronize()
+        row.seconds.append(time.perf_counter() - start)
+    row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def exactness(shape: str, cases: list[Case], policy: Policy) -> list[str]:
+    """One group of each case, in both packings, beside float32: log-probabilities and adapter gradients."""
+    exact = build(shape, torch.float32, recompute=False, eager=True)
+    lines = []
+    for case in cases:
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, model, shared in (("float32", exact, True), ("shared", policy, True), ("own", policy, False)):
+            parts = forests(case, 1, 10**9 if shared else case.prompt + case.response, shared=shared)
+            logprobs = torch.cat([model.logprobs(forest, adapter=TRAINED).logprobs for forest, _ in parts])
+            weights = torch.randn(len(logprobs), generator=torch.Generator().manual_seed(3)).cuda()
+            grads = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters(TRAINED).values()))
+            found[name] = logprobs.detach(), torch.cat([grad.flatten() for grad in grads])
+        reference, direction = found.pop("float32")
+        for name, (logprobs, grads) in found.items():
+            off = (logprobs - reference).abs()
+            turned = (grads - direction).norm() / direction.norm()
+            lines.append(
+                f"{case!s:>13} {name:>8}   log-probabilities: mean {off.mean():.4f}, largest {off.max():.4f}; "
+                f"adapter gradient: {turned:.4f} of its norm"
+            )
+    return lines
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1.5b")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=Case.parse,
+        default=["256+512x8", "256+512x1", "32+512x8", "1024+128x8", "2048+512x8"],
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8704], help="micro-batch, in packed tokens")
+    parser.add_argument("--groups", type=int, default=32, help="prompts")
+    parser.add_argument("--recompute", choices=["auto", "true", "false"], default="auto")
+    parser.add_argument("--eager", action="store_true", help="nothing compiled, nothing recomputed")
+    parser.add_argument("--exactness", action="store_true", help="also compare with float32")
+    chosen = parser.parse_args()
+    chosen.cases = [Case.parse(case) if isinstance(case, str) else case for case in chosen.cases]
+    chosen.recompute = {"auto": "auto", "true": True, "false": False}[chosen.recompute]
+    return chosen
+
+
+def main() -> None:
+    chosen = arguments()
+    policy = build(chosen.shape, torch.bfloat16, recompute=chosen.recompute, eager=chosen.eager)
+    rows = [
+        measure(policy, case, shared=shared, budget=budget, groups=chosen.groups)
+        for case in chosen.cases
+        for budget in chosen.tokens
+        for shared in (True, False)
+        if shared or case.samples > 1
+    ]
+    lines = (
+        exactness(chosen.shape, [case for case in chosen.cases if case.samples > 1], policy) if chosen.exactness else []
+    )
+    print(torch.cuda.get_device_name(), f"torch {torch.__version__}", chosen.shape, "eager" if chosen.eager else "")
+    print("\n".join([*lines, HEADER, *(row.line() for row in rows)]))
+
+
+if __name__ == "__main__":
+    main()

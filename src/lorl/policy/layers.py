@@ -1,0 +1,130 @@
+"""How a decoder's layers run: compiled on a GPU, and recomputed in the backward pass where memory asks for it.
+
+All layers share the compiled code. What differs between them (weights, adapters) and between batches (tokens, the
+forest's shape) is input to it; the attention is a call that the compiler does not look into. Decoding, prefill and
+short passes run as they are: compiling would cost more than it saves.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from lorl.policy.attention import ForestAttention
+
+MIN_TOKENS = 512  # shorter passes are not compiled
+_HALF = (torch.bfloat16, torch.float16)
+_VERSIONS = 64  # torch's limit of 8 versions of a layer: fewer than adapters x (training, scoring) can need
+_SPARE = 0.8  # share of the free memory that kept activations may take before layers are recomputed instead
+
+logger = logging.get_logger(__name__)
+
+
+def install(model: PreTrainedModel, *, compiled: bool, recompute: bool | Literal["auto"]) -> None:
+    """Makes every layer of `model`'s decoder run as this module says.
+
+    Args:
+        compiled: Compile training and scoring passes over forests; for GPUs.
+        recompute: Whether training keeps only each layer's input and computes the layer again in the backward pass
+            (gradient checkpointing); "auto": in passes on a GPU whose activations would not fit its free memory.
+    """
+    if recompute == "auto" and model.device.type != "cuda":
+        recompute = False
+    if not (compiled or recompute):
+        return
+    if compiled:
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
+    decoder: Any = model.base_model
+    stack = _Stack(model, compiled, recompute)
+    for index, layer in enumerate(decoder.layers):
+        layer.forward = _runner(layer, stack, first=index == 0)
+
+
+class _Stack:
+    """What the layers of one decoder have in common."""
+
+    def __init__(self, model: PreTrainedModel, compiled: bool, recompute: bool | Literal["auto"]) -> None:
+        self.compiled = compiled
+        self._recompute = recompute
+        self._kept_per_token = _kept_bytes(model.config.get_text_config(), model.dtype.itemsize)
+        self._crowded = False
+
+    def recomputes(self, hidden: Tensor, *, first: bool) -> bool:
+        """Whether this pass keeps only the layers' inputs; settled at its first layer."""
+        if isinstance(self._recompute, bool):
+            return self._recompute
+        if first:
+            self._crowded = self._kept_per_token * hidden.shape[1] > _SPARE * _free(hidden.device)
+        return self._crowded
+
+
+def _runner(layer: nn.Module, stack: _Stack, *, first: bool) -> Callable[..., Any]:
+    """What takes the place of `layer.forward`."""
+    plain = layer.forward
+    compiled = torch.compile(plain, fullgraph=True) if stack.compiled else plain
+    dynamo: Any = torch._dynamo if stack.compiled else None
+
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (stack.compiled and _worth_compiling(hidden, kwargs.get("layout"))):
+            return plain(hidden, *args, **kwargs)
+        torch._dynamo.mark_dynamic(hidden, 1)
+        if first:
+            _mark_lengths(hidden, kwargs)
+        try:
+            return compiled(hidden, *args, **kwargs)
+        except dynamo.exc.TorchDynamoException as error:
+            stack.compiled = False
+            reason = str(error).strip().split("\n", 1)[0][:200]
+            logger.warning(f"{type(layer).__name__} can't be compiled, so training runs slower: {reason}")
+            return plain(hidden, *args, **kwargs)
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(hidden, *args, **kwargs)
+        if stack.compiled and not hidden.requires_grad:  # embeddings: else the first layer would be compiled apart
+            hidden = hidden.detach().requires_grad_()
+        if stack.recomputes(hidden, first=first):
+            return checkpoint(run, hidden, *args, use_reentrant=False, **kwargs)
+        return run(hidden, *args, **kwargs)
+
+    return forward
+
+
+def _worth_compiling(hidden: Tensor, layout: object) -> bool:
+    return (
+        hidden.shape[1] >= MIN_TOKENS
+        and hidden.dtype in _HALF
+        and isinstance(layout, ForestAttention)
+        and layout.spans is not None
+        and layout.recorded is None
+    )
+
+
+def _mark_lengths(hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    """Tells the compiler which sizes of what all layers are given differ from pass to pass.
+
+    It would find out by compiling twice; and told `dynamic=True` it takes for one what happens to be equal at first.
+    """
+    for tensor in tree_leaves(kwargs):
+        if isinstance(tensor, Tensor) and tensor.ndim > 1 and tensor.shape[1] == hidden.shape[1]:
+            torch._dynamo.mark_dynamic(tensor, 1)
+    spans = kwargs["layout"].spans
+    for tensor in (spans.queries, spans.keys, spans.gathered):
+        torch._dynamo.mark_dynamic(tensor, 0)
+
+
+def _kept_bytes(config: Any, width: int) -> int:
+    """About what a token's activations take in all layers, in bytes: ten of the hidden size, three of the inner one."""
+    return int(config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * width)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that this process can still allocate."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
