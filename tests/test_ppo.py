@@ -1,9 +1,11 @@
 """PPO: the critic is a second adapter with a value head on the policy's base."""
 
 import hashlib
+import json
 import math
-from collections.abc import Iterator
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,28 +13,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lorl.config import RewardConfig
 from lorl.critic import CRITIC, VALUE_HEAD
 from lorl.errors import UserError
 from lorl.packing import pack
 from lorl.policy.load import TRAINED
 from lorl.rewards.pool import RewardPool
-from small_trainer import RULE, make_trainer, run, small_config
+from lorl.sampler import Sampler
+from small_trainer import make_trainer, run, small_config
 
 PPO = ("algorithm.advantage=gae", "algorithm.lam=0.95", "critic.lr=1e-2")
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPool]:
-    rule = tmp_path_factory.mktemp("rule") / "rule.py"
-    rule.write_text(RULE)
-    with RewardPool(RewardConfig(path=str(rule), workers=1)) as pool:
-        yield pool
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytest_plugins = ["trainer_fixtures"]
 
 
 def test_values_are_the_heads_reading_of_transformers_own_states(
@@ -180,6 +172,24 @@ def with_stop(config, pool: RewardPool, truths: list[str], after: int) -> None: 
         trainer.workers.publish()
         for _ in range(after):
             trainer._step()
+
+
+def test_the_greedy_rollout_of_remax_is_not_counted_as_the_update(
+    tiny_model: Path, tmp_path: Path, pool: RewardPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy_rewards = Sampler.greedy_rewards
+
+    def slow(*args: Any) -> torch.Tensor:
+        time.sleep(2)
+        return greedy_rewards(*args)
+
+    monkeypatch.setattr(Sampler, "greedy_rewards", slow)
+    _, trainer = run(small_config(tiny_model, tmp_path, "algorithm.advantage=remax"), pool, steps=1)
+    (row,) = map(json.loads, (trainer.folder.path / "metrics.jsonl").read_text().splitlines())
+    assert row["time/greedy_s"] > 2
+    assert row["time/update_s"] < 2
+    parts = row["time/rollout_s"] + row["time/greedy_s"] + row["time/update_s"]
+    assert row["time/step_s"] * 0.9 < parts <= row["time/step_s"]
 
 
 def hashes(run_folder: Path) -> list[tuple[str, str]]:

@@ -1,7 +1,6 @@
 """Reward models: trained from preferences as an adapter, or any sequence classifier, mixed with the rule."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,27 +11,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 from conftest import save_tiny_model, tiny_tokenizer
 from lorl import settings
-from lorl.config import RewardConfig
 from lorl.errors import UserError
 from lorl.policy.scorers import SCORE_HEAD
 from lorl.reward_model import train_reward
 from lorl.rewards.pool import RewardPool
 from lorl.tracking.console import Console
-from lorl_command import Forks, small_run, write_prompts
-from small_trainer import RULE, run, small_config
+from lorl_command import Forks, small_run, write_rows
+from small_trainer import run, small_config
 
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPool]:
-    rule = tmp_path_factory.mktemp("rule") / "rule.py"
-    rule.write_text(RULE)
-    with RewardPool(RewardConfig(path=str(rule), workers=1)) as pool:
-        yield pool
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytest_plugins = ["trainer_fixtures"]
 
 
 def write_pairs(path: Path, count: int) -> Path:
@@ -209,8 +196,9 @@ def test_from_pairs_to_a_trained_policy_on_the_command_line(forks: Forks, tiny_m
     assert fitted.code == 0, fitted.err
     assert "accuracy" in fitted.out
     assert "4 held-out pairs" in fitted.out
-    write_prompts(tmp_path / "val.jsonl", 3)
-    alone = ["reward_model.path=rm", "reward_model.rule_weight=0", "data.val=val.jsonl"]
+    for file, count in (("train.jsonl", 8), ("val.jsonl", 3)):  # without answers
+        write_rows(tmp_path / file, ({"prompt": f"{i}+{i}="} for i in range(count)))
+    alone = ["reward_model.path=rm", "reward_model.rule_weight=0", "data.val=val.jsonl", "data.answer_key=null"]
     command = [word for word in small_run(tmp_path, tiny_model, *alone) if not word.startswith("reward.")]
     trained = forks.run(*command, cwd=tmp_path)
     assert trained.code == 0, trained.err

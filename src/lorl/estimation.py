@@ -1,6 +1,7 @@
 """From graded samples to advantages: computes what the configured objective reads, and nothing else."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,7 +29,7 @@ def estimate(
     """Fills in `experience` up to its advantages and returns. `samples[i]` is its sequence i.
 
     Returns:
-        Metrics: rollout correction's and, where it is part of the reward, the KL.
+        Metrics: rollout correction's, the KL where it is part of the reward, and the seconds that greedy answers took.
 
     Raises:
         UserError: the rewards lack the parts that the estimator reads.
@@ -41,12 +42,17 @@ def estimate(
         kl = _kl(experience, workers, objective)
         token_rewards = -kl_coef * kl
         metrics["policy/kl"] = float(kl.mean())
+    greedy = None
+    if "greedy_rewards" in needs:
+        started = time.perf_counter()
+        greedy = greedy_rewards()
+        metrics["time/greedy_s"] = time.perf_counter() - started
     inputs = AdvantageInputs(
         experience.layout,
         experience.rewards,
         token_rewards,
         values=experience.values,
-        greedy_rewards=greedy_rewards() if "greedy_rewards" in needs else None,
+        greedy_rewards=greedy,
         components=components(samples, objective) if "components" in needs else None,
         logprobs=logprobs,
         sum_pi_squared=squares,

@@ -21,6 +21,8 @@ def of_samples(samples: Sequence[Sample]) -> dict[str, float]:
         "reward/ok_fraction": statuses["ok"] / len(samples),
         "rollout/response_tokens_mean": statistics.fmean(lengths),
         "rollout/response_tokens_max": max(lengths),
+        # how long the engine ran for the last tenth of the samples alone: what uneven lengths cost
+        "time/rollout_tail_s": _tail([s.finished_s for s in samples]),
         "rollout/truncated_fraction": sum(s.completion.finish == "length" for s in samples) / len(samples),
         # the mean surprise of what was sampled: an unbiased estimate of the entropy, in nats a token, at no cost. Where
         # the update computes the exact one (algorithm.entropy_coef), that takes its place
@@ -40,6 +42,11 @@ def of_samples(samples: Sequence[Sample]) -> dict[str, float]:
             if isinstance(value, int | float):
                 extras.setdefault(name, []).append(float(value))
     return values | {f"reward/{name}": statistics.fmean(found) for name, found in sorted(extras.items())}
+
+
+def _tail(seconds: Sequence[float]) -> float:
+    ordered = sorted(seconds)
+    return ordered[-1] - ordered[(len(ordered) * 9 - 1) // 10]
 
 
 def of_update(report: UpdateReport, experience: Experience) -> dict[str, float]:

@@ -121,7 +121,7 @@ class Sampler:
             algorithm.overlong_penalty,
         ).tolist()
         return [
-            Sample(sample.completion, _penalized(sample.outcome, penalty))
+            replace(sample, outcome=_penalized(sample.outcome, penalty))
             for sample, penalty in zip(samples, penalties, strict=True)
         ]
 

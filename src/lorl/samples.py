@@ -1,7 +1,9 @@
 """Prompts to graded samples: rollouts and rewards, overlapped. Training and evaluation both go through here."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,7 @@ Advance = Callable[[int], None]  # told how many samples are finished
 class Sample:
     completion: Completion
     outcome: Outcome
+    finished_s: float = 0.0  # after its rollout began
 
     def row(self, step: int) -> dict[str, Any]:
         """A line of `rollouts/step-N.jsonl`."""
@@ -78,12 +81,16 @@ class Collector:
         batched = self.config.reward.batched
         requests = [Request(p, [stable_seed(*seed, p.id, sample) for sample in range(n)]) for p in prompts]
         finished: list[Completion] = []
+        seconds: dict[tuple[str, int], float] = {}
+        started = time.perf_counter()
         futures: list[Future[Outcome]] = []
-        for completion in self.workers.generate(requests, sampling, adapter=adapter):
-            finished.append(completion)
-            if self.pool is not None and not batched:
-                futures += self.pool.submit([_reward_request(completion)])
-            advance(1)
+        with closing(self.workers.generate(requests, sampling, adapter=adapter)) as completions:
+            for completion in completions:
+                finished.append(completion)
+                seconds[completion.prompt.id, completion.sample] = time.perf_counter() - started
+                if self.pool is not None and not batched:
+                    futures += self.pool.submit([_reward_request(completion)])
+                advance(1)
         place = {prompt.id: index for index, prompt in enumerate(prompts)}
 
         def order(completion: Completion) -> tuple[int, int]:
@@ -93,7 +100,9 @@ class Collector:
             finished.sort(key=order)
             futures = self.pool.submit([_reward_request(completion) for completion in finished])
         outcomes = [future.result() for future in futures] if self.pool else [Outcome("ok", 0.0)] * len(finished)
-        samples = [Sample(c, outcome) for c, outcome in zip(finished, outcomes, strict=True)]
+        samples = [
+            Sample(c, outcome, seconds[c.prompt.id, c.sample]) for c, outcome in zip(finished, outcomes, strict=True)
+        ]
         return sorted(samples, key=lambda sample: order(sample.completion))
 
     def _with_model(self, samples: list[Sample]) -> list[Sample]:
@@ -103,7 +112,7 @@ class Collector:
             return samples
         scores = self.workers.score([sample.completion for sample in samples])
         return [
-            Sample(sample.completion, _mixed(sample.outcome, score, mix, ruled=self.pool is not None))
+            replace(sample, outcome=_mixed(sample.outcome, score, mix, ruled=self.pool is not None))
             for sample, score in zip(samples, scores, strict=True)
         ]
 

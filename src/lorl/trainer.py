@@ -155,7 +155,7 @@ class Trainer:
         values |= measure.of_machine(
             step_s=time.perf_counter() - started,
             rollout_s=rolled_out - started,
-            update_s=updated - rolled_out,
+            update_s=updated - rolled_out - values.get("time/greedy_s", 0.0),
             rollout_tokens=rollout_tokens,
             trained_tokens=report.trained_tokens,
         )

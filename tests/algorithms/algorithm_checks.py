@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import paper_advantages
+import paper_correction
 import paper_losses
 import torch
 from algorithm_cases import Case, pack, random_case
 from dual_numbers import Dual, Number, sg, variables
 from torch import Tensor
 
-from lorl.algorithms.aggregation import Totals, aggregate
+from lorl.algorithms.aggregation import MODES, Totals, aggregate
+from lorl.algorithms.correction import PRESETS, correct
 from lorl.algorithms.registry import get_advantage, get_kl, get_policy_loss
+from lorl.algorithms.shaping import overlong_penalty
 from lorl.algorithms.value import value_loss
 
 
@@ -34,6 +37,7 @@ class Check:
     kind: str
     name: str
     variant: str  # the settings, for people
+    reference: str  # what it is checked against: a function beside this file
     run: Callable[[Case], Errors]
 
     @property
@@ -125,6 +129,33 @@ def check_full_kl(case: Case) -> Errors:
     return Errors(difference(total, [float(kl.sum())]), difference(gradient, p * (ratio - kl)))
 
 
+def check_aggregation(case: Case, mode: str) -> Errors:
+    """Of the squares of the log-probabilities, so that no two tokens have the same gradient."""
+    logprobs, layout, norm = pack(case.logprobs).requires_grad_(), case.layout(), 5.0
+    loss = aggregate(logprobs.square(), layout, mode, Totals.of(layout), norm)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    xs = iter(variables(flat(case.logprobs)))
+    rows: list[list[Number]] = [[next(xs) ** 2 for _ in row] for row in case.logprobs]
+    return errors(loss, gradient, paper_losses.aggregation(rows, mode=mode, norm=norm))
+
+
+def check_correction(case: Case, preset: str) -> Errors:
+    """Weights; a token kept or rejected wrongly is an error of 1."""
+    correction = PRESETS[preset]
+    found = correct(pack(case.logprobs), pack(case.old_logprobs), case.layout(), correction)
+    wrong = float(found.kept.tolist() != paper_correction.kept(case, correction))
+    if found.weights is None:
+        return Errors(wrong)
+    return Errors(max(wrong, difference(found.weights, flat(paper_correction.weights(case, correction)))))
+
+
+def check_overlong(case: Case) -> Errors:
+    lengths, settings = torch.tensor(case.lengths), {"limit": 6, "buffer": 4, "factor": 0.5}
+    expected = [paper_losses.overlong(length, **settings) for length in case.lengths]
+    ours = overlong_penalty(lengths, settings["limit"], settings["buffer"], settings["factor"])
+    return Errors(difference(ours.double(), expected))
+
+
 def errors(ours: Tensor, gradient: Tensor, expected: Number) -> Errors:
     reference = expected.grad if isinstance(expected, Dual) else np.zeros(gradient.numel())
     return Errors(difference(ours, [sg(expected)]), difference(gradient, reference))
@@ -144,6 +175,7 @@ def advantage_check(name: str, reference: str, theirs: dict[str, Any] | None = N
         "advantage",
         name,
         describe(settings),
+        f"paper_advantages.{reference}",
         partial(check_advantage, name=name, reference=function, settings=settings),
     )
 
@@ -161,15 +193,27 @@ def loss_check(
     run = partial(
         check_loss, name=name, reference=function, settings=settings, per_sequence=per_sequence, constant=constant
     )
-    return Check("policy loss", name, describe(settings), run)
+    return Check("policy loss", name, describe(settings), f"paper_losses.{reference}", run)
 
 
 def kl_check(name: str) -> Check:
     ours, reference = get_kl(name), partial(paper_losses.kl, name=name)
     return Check(
-        "KL",
+        "KL estimator",
         name,
         "",
+        "paper_losses.kl",
+        lambda case: check_pointwise(case, ours, reference, [case.ref_logprobs]),
+    )
+
+
+def straight_through_check(name: str) -> Check:
+    ours, reference = get_kl(f"{name}+"), partial(paper_losses.straight_through, name=name)
+    return Check(
+        "KL estimator",
+        f"{name}+",
+        "",
+        "paper_losses.straight_through",
         lambda case: check_pointwise(case, ours, reference, [case.ref_logprobs]),
     )
 
@@ -183,6 +227,7 @@ def value_check(clip: float | None) -> Check:
         "value loss",
         "value_loss",
         f"clip={clip}",
+        "paper_losses.value",
         lambda case: check_pointwise(case, ours, reference, [case.old_logprobs, case.ref_logprobs]),
     )
 
@@ -240,7 +285,17 @@ CHECKS = [
         "gmpo", "gmpo", {"low": 0.4, "high": 0.3}, per_sequence=True, constant=True, clip_low=0.4, clip_high=0.3
     ),
     *(kl_check(name) for name in ("k1", "k2", "k3", "abs", "low_var_kl")),
-    Check("KL", "full", "", check_full_kl),
+    *(straight_through_check(name) for name in ("k1", "k3", "abs", "low_var_kl")),
+    Check("KL estimator", "full", "", "algorithm_checks.check_full_kl", check_full_kl),
+    *(
+        Check("aggregation", mode, "", "paper_losses.aggregation", partial(check_aggregation, mode=mode))
+        for mode in MODES
+    ),
+    *(
+        Check("correction", preset, "", "paper_correction", partial(check_correction, preset=preset))
+        for preset in PRESETS
+    ),
+    Check("preset", "dapo", "the price on length", "paper_losses.overlong", check_overlong),
     value_check(0.2),
     value_check(None),
 ]

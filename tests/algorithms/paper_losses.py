@@ -100,6 +100,43 @@ def kl(x: Dual, ref: float, *, name: str) -> Number:
     }[name]()
 
 
+def straight_through(x: Dual, ref: float, *, name: str) -> Number:
+    """The estimator's value with k2's gradient."""
+    carrier = kl(x, ref, name="k2")
+    assert isinstance(carrier, Dual)
+    return Dual(sg(kl(x, ref, name=name)), carrier.grad)
+
+
+def aggregation(rows: list[list[Number]], *, mode: str, norm: float) -> Number:
+    """The loss of a minibatch from its sequences' token losses; sequences without a token do not count."""
+    rows = [row for row in rows if row]
+    if not rows:
+        return 0.0
+    sums = [sum(row[1:], start=row[0]) for row in rows]
+    total = sum(sums[1:], start=sums[0])
+    match mode:
+        case "token-mean":
+            return total / sum(len(row) for row in rows)
+        case "token-sum":
+            return total
+        case "seq-mean-token-sum":
+            return total / len(rows)
+        case "seq-mean-token-mean":
+            return mean([each / len(row) for each, row in zip(sums, rows, strict=True)])
+        case "seq-mean-token-sum-norm":
+            return total / len(rows) / norm
+    raise ValueError(mode)
+
+
+def overlong(length: int, *, limit: int, buffer: int, factor: float) -> float:
+    """DAPO, eq. 13, times a factor."""
+    if length <= limit - buffer:
+        return 0.0
+    if length <= limit:
+        return factor * ((limit - buffer) - length) / buffer
+    return -factor
+
+
 def value(x: Dual, old: float, target: float, *, clip_range: float | None) -> Number:
     plain = (x - target) ** 2
     if clip_range is None:

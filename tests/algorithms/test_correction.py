@@ -2,6 +2,7 @@
 
 import math
 
+import paper_correction
 import pytest
 import torch
 from algorithm_cases import Case, pack, random_case
@@ -24,58 +25,24 @@ def run(case: Case, correction: Correction):
     return correct(pack(case.logprobs), pack(case.old_logprobs), case.layout(), correction)
 
 
-def log_ratios(case: Case) -> list[list[float]]:
-    return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(case.logprobs, case.old_logprobs, strict=True)]
-
-
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("lower", [None, 0.5])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_weights_equal_the_definition(level: str, lower: float | None, normalize: bool) -> None:
     for seed in range(60):
         case = random_case(seed)
-        expected: list[list[float]] = []
-        for row in log_ratios(case):
-            weights = [math.exp(d) for d in row] if level == "token" else [math.exp(sum(row))] * len(row)
-            if lower is None:
-                expected.append([min(w, 2.0) for w in weights])
-            else:
-                expected.append([w if lower <= w <= 2.0 else 0.0 for w in weights])
-        if normalize:
-            units = [w for row in expected for w in row] if level == "token" else [row[0] for row in expected if row]
-            mean = sum(units) / len(units) if units else 0.0
-            expected = [[w / mean if mean > 1e-8 else w for w in row] for row in expected]
         correction = Correction(importance=level, upper=2.0, lower=lower, normalize=normalize)  # type: ignore[arg-type]
-        weights = run(case, correction).weights
-        torch.testing.assert_close(weights, pack(expected), atol=1e-12, rtol=1e-12)
-
-
-def statistic(mode: str, d: float, new: float, old: float) -> float:
-    if mode == "binary_kl":
-        p, q = math.exp(new), math.exp(old)
-        p, q = (min(max(x, 1e-6), 1 - 1e-6) for x in (p, q))
-        return max(a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)) for a, b in ((p, q), (q, p)))
-    return {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[mode]
+        expected = paper_correction.weights(case, correction)
+        torch.testing.assert_close(run(case, correction).weights, pack(expected), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("mode", REJECTIONS)
 def test_rejections_equal_the_definition(mode: str) -> None:
     upper, lower = (1.5, 0.8) if mode.endswith("k1") else (0.05, None)
-    level, _, estimator = mode.partition("_")
+    correction = Correction(rejections=(Rejection(mode, upper, lower),))
     for seed in range(60):
         case = random_case(seed)
-        expected = []
-        for row, new, old in zip(log_ratios(case), case.logprobs, case.old_logprobs, strict=True):
-            name = estimator if level == "token" else estimator.rpartition("_")[2]
-            values = [statistic(name, *each) for each in zip(row, new, old, strict=True)]
-            if level == "seq" and values:
-                reduced = {"sum": sum, "max": max, "mean": lambda xs: sum(xs) / len(xs)}[estimator.partition("_")[0]]
-                values = [reduced(values)] * len(values)
-            if lower is not None:
-                expected += [math.log(lower) <= value <= math.log(upper) for value in values]
-            else:
-                expected += [value <= upper for value in values]
-        assert run(case, Correction(rejections=(Rejection(mode, upper, lower),))).kept.tolist() == expected
+        assert run(case, correction).kept.tolist() == paper_correction.kept(case, correction)
 
 
 def test_a_token_must_pass_every_test() -> None:

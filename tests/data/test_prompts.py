@@ -112,6 +112,17 @@ def test_a_misspelt_column_is_told_with_the_nearest_one(tmp_path, tokenizer, con
             load_prompts(config.model_copy(update={"bad_rows": policy}), path, tokenizer, "train")
 
 
+def test_a_reward_that_needs_no_truth_needs_no_answer_column(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"prompt": "2 + 2?", "kind": "sums"}, {"prompt": "3 + 3?", "kind": "sums"})
+    with pytest.raises(UserError, match=r"no column 'answer'.*set data\.answer_key=null"):
+        load_prompts(DataConfig(), path, tokenizer, "train")
+    prompts = load_prompts(DataConfig(answer_key=None), path, tokenizer, "train").prompts
+    assert [(p.ground_truth, p.extra_info) for p in prompts] == [(None, {"kind": "sums"})] * 2
+    assert len({p.id for p in prompts}) == 2
+    given = write(tmp_path / "b.jsonl", verl_row(truth="5"))  # a truth that is there is kept
+    assert load_prompts(DataConfig(answer_key=None), given, tokenizer, "train").prompts[0].ground_truth == "5"
+
+
 def test_the_system_prompt_goes_where_there_is_none(tmp_path, tokenizer):
     own = [{"role": "system", "content": "Own."}, *QUESTION]
     path = write(tmp_path / "a.jsonl", verl_row(), verl_row(own))

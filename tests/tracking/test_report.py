@@ -111,6 +111,37 @@ def test_a_mismatch_that_jumps_is_drawn_on_a_logarithmic_axis():
     assert axes == [[None, None], [None, "log"]]
 
 
+CRITIC = {
+    "critic/loss": 0.1,
+    "critic/explained_variance": 0.5,
+    "critic/returns_mean": 0.4,
+    "critic/values_mean": 0.3,
+    "critic/grad_norm": 2.0,
+}
+CORRECTION = {
+    "rollout_corr/kl": 0.01,
+    "rollout_corr/k3_kl": 0.02,
+    "rollout_corr/ppl_ratio": 1.01,
+    "rollout_corr/chi2_token": 0.03,
+    "rollout_corr/chi2_seq": 0.3,
+    "rollout_corr/rollout_is_mean": 1.0,
+    "rollout_corr/rollout_is_max": 1.9,
+    "rollout_corr/rollout_is_min": 0.4,
+    "rollout_corr/rollout_is_eff_sample_size": 0.97,
+    "rollout_corr/rollout_rs_masked_fraction": 0.05,
+}
+
+
+@pytest.mark.parametrize("metrics", [CRITIC, CORRECTION])
+def test_the_critic_and_rollout_correction_are_drawn_where_a_run_has_them(metrics):
+    plain = [{"step": step, "reward/mean": 0.1 * step} for step in (1, 2, 3)]
+    drawn = charts([row | {name: value * row["step"] for name, value in metrics.items()} for row in plain], {})
+    values = [trace["y"] for chart in drawn for trace in chart.figure["data"]]
+    for name, value in metrics.items():
+        assert [value * step for step in (1, 2, 3)] in values, name
+    assert len(drawn) > len(charts(plain, {}))
+
+
 def test_plotly_accepts_every_figure(tmp_path):
     import plotly.graph_objects as go
 

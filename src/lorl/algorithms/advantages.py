@@ -79,13 +79,15 @@ def whiten(values: Tensor, included: Tensor) -> Tensor:
 
 @advantage(
     "grpo",
-    source="Shao et al. 2024, arXiv 2402.03300, §4.1.2; without std: Liu et al. 2025, arXiv 2503.20783",
+    source="Shao et al. 2024, arXiv 2402.03300; without std: Liu et al. 2025, arXiv 2503.20783",
     min_group=2,
 )
 def grpo(inputs: AdvantageInputs, *, normalize_std: bool = True, group_of_one: GroupOfOne = "zero") -> Tensor:
     """A_i = (R_i - mean_group R) / (std_group R + 1e-6); without std it is Dr. GRPO.
 
-    float[M]. The deviation is unbiased (ddof = 1), as in verl and TRL; the paper does not say which.
+    float[M]. The deviation is unbiased (ddof = 1), as in verl and TRL; the paper does not say which. With a KL in the
+    reward, a group whose answers earn the same differs by its KL alone, and the division blows that up to full size:
+    put the KL in the loss, as the paper does.
     """
     result = normalize_by_group(inputs.scores(), inputs.layout.group, normalize_std, group_of_one)
     return result[inputs.layout.sequence]

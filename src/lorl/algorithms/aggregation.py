@@ -10,6 +10,7 @@ left.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,23 @@ from lorl.algorithms.segments import sum_by
 from lorl.errors import UserError, nearest
 from lorl.experience import Sampled
 
-MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+class Mode(NamedTuple):
+    summary: str
+    source: str
+
+
+MODES = {
+    "token-mean": Mode("sum of all tokens / tokens", "DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 8 and 12"),
+    "token-sum": Mode("sum of all tokens", "the policy gradient of a whole batch"),
+    "seq-mean-token-sum": Mode("sum of all tokens / sequences", "REINFORCE, Williams 1992"),
+    "seq-mean-token-mean": Mode(
+        "sum of each sequence's mean / sequences", "GRPO, Shao et al. 2024, arXiv 2402.03300, eq. 3"
+    ),
+    "seq-mean-token-sum-norm": Mode(
+        "sum of all tokens / (a constant length x sequences)", "Dr. GRPO, Liu et al. 2025, arXiv 2503.20783"
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +69,8 @@ def keep_tokens(layout: Sampled, kept: Tensor) -> Sampled:
 def aggregate(per_token: Tensor, layout: Sampled, mode: str, totals: Totals, norm: float | None = None) -> Tensor:
     """A scalar from `per_token[M]`; sums over micro-batches to the value of the global minibatch.
 
-    * token-mean: sum of all tokens / totals.tokens (DAPO, arXiv 2503.14476, eq. 8)
-    * token-sum: sum of all tokens
-    * seq-mean-token-sum: sum of all tokens / totals.sequences
-    * seq-mean-token-mean: sum of each sequence's mean / totals.sequences (GRPO, arXiv 2402.03300, eq. 3)
-    * seq-mean-token-sum-norm: sum of all tokens / (norm * totals.sequences), with `norm` a constant length (Dr. GRPO,
-      arXiv 2503.20783). verl did not divide by the sequences before 2026.
+    Tokens and sequences are counted by `totals`; `norm` is the constant length of seq-mean-token-sum-norm, where verl
+    did not divide by the sequences before 2026.
 
     Without tokens the result is zero. Raises UserError for an unknown mode.
     """

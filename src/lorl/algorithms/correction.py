@@ -107,6 +107,34 @@ PRESETS: dict[str, Correction] = {
 }
 
 
+def describe(correction: Correction) -> str:
+    """One line on what `correction` does."""
+    parts = []
+    if correction.bypass:
+        loss = {"ppo_clip": "the clipped loss", "reinforce": "REINFORCE"}[correction.bypass_loss]
+        parts.append(f"{loss} on the engine's log-probabilities")
+    if correction.importance is not None:
+        bounds = f"truncated at {correction.upper:g}"
+        if correction.lower is not None:
+            bounds = f"zero outside {correction.lower:g} to {correction.upper:g}"
+        parts.append(f"{correction.importance} weights {bounds}")
+    for test in correction.rejections:
+        bounds = f"above {test.upper:g}" if test.lower is None else f"outside {test.lower:g} to {test.upper:g}"
+        parts.append(f"rejects {test.mode} {bounds}")
+    return ", ".join(parts) or "neither measured nor corrected"
+
+
+def source_of(correction: Correction) -> str:
+    """Whose idea a preset is."""
+    found = []
+    if correction.importance == "token":
+        icepop = correction.lower is not None
+        found.append("IcePop, Ling Team 2025, arXiv 2510.18855" if icepop else "Yao et al. 2025")
+    if correction.importance == "sequence" or correction.rejections:
+        found.append("Liu et al. 2025, richardli.xyz/rl-collapse")
+    return "; ".join(["verl", *found])
+
+
 def get_preset(name: str) -> Correction:
     """verl's preset of that name. Raises UserError with the nearest name."""
     if name not in PRESETS:

@@ -66,8 +66,9 @@ def straight_through(entry: KLEntry) -> KLEntry:
         carrier = k2(logprobs, ref_logprobs)
         return carrier + (entry.function(logprobs, ref_logprobs) - carrier).detach()
 
-    estimate.__doc__ = f"{entry.summary} Value of {entry.name}, gradient of k2."
-    return replace(entry, name=f"{entry.name}+", function=estimate)
+    estimate.__doc__ = f"Straight-through: the value of {entry.name}, the gradient of k2."
+    source = f"{entry.source}; Tang and Munos 2025, arXiv 2506.09477"
+    return replace(entry, name=f"{entry.name}+", function=estimate, source=source)
 
 
 @dataclass
@@ -88,7 +89,7 @@ class FixedKL:
 
 @dataclass
 class AdaptiveKL:
-    """coef *= 1 + clip(kl / target - 1, ±0.2) samples / horizon (Ziegler et al. 2019, arXiv 1909.08593, §2.2).
+    """coef *= 1 + clip(kl / target - 1, ±0.2) samples / horizon (Ziegler et al. 2019, arXiv 1909.08593).
 
     `horizon` counts samples, as in the authors' code; the paper's K_beta is samples / horizon.
     """

@@ -44,7 +44,7 @@ def ppo_clip(
 ) -> Terms:
     """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), at most -clip_dual A where A < 0.
 
-    `clip_high > clip_low` is DAPO's clip-higher (arXiv 2503.14476, eq. 10); `clip_dual=None` leaves the dual clip out.
+    `clip_high > clip_low` is DAPO's clip-higher (arXiv 2503.14476); `clip_dual=None` leaves the dual clip out.
     verl's "vanilla".
     """
     difference = log_ratio(logprobs, old_logprobs)

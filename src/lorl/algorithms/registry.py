@@ -262,15 +262,37 @@ class Listing(NamedTuple):
     """A line of `lorl algorithms`."""
 
     kind: str
+    key: str  # what is set to `name` to choose it
     name: str
     summary: str
     source: str
 
 
 def available() -> list[Listing]:
-    """Everything registered, built-in and the user's, for `lorl algorithms`."""
-    registries: tuple[Registry[Any], ...] = (ADVANTAGES, POLICY_LOSSES, KL_ESTIMATORS)
-    return [Listing(each.kind, entry.name, entry.summary, entry.source) for each in registries for entry in each]
+    """Everything that can be chosen by name, built-in and the user's, for `lorl algorithms`."""
+    from lorl.algorithms import aggregation, correction
+    from lorl.algorithms.kl import straight_through
+
+    registries: tuple[tuple[str, Registry[Any]], ...] = (
+        ("algorithm.advantage", ADVANTAGES),
+        ("algorithm.policy_loss", POLICY_LOSSES),
+        ("algorithm.kl_estimator", KL_ESTIMATORS),
+    )
+    entries = [(each.kind, key, entry) for key, each in registries for entry in each]
+    # k2's straight-through form is k2
+    carried = [straight_through(each) for each in KL_ESTIMATORS if not each.needs_logits and each.name != "k2"]
+    entries += [(KL_ESTIMATORS.kind, "algorithm.kl_estimator", entry) for entry in carried]
+    found = [Listing(kind, key, entry.name, entry.summary, entry.source) for kind, key, entry in entries]
+    found += [
+        Listing("aggregation", "algorithm.aggregation", name, mode.summary, mode.source)
+        for name, mode in aggregation.MODES.items()
+    ]
+    found += [
+        Listing("correction", "correction.preset", name, correction.describe(preset), correction.source_of(preset))
+        for name, preset in correction.PRESETS.items()
+    ]
+    dapo = "clips higher than low, averages over tokens, refills groups without a gradient, and prices length"
+    return [*found, Listing("preset", "algorithm.preset", "dapo", dapo, "Yu et al. 2025, arXiv 2503.14476")]
 
 
 def _load_builtin() -> None:

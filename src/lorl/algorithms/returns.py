@@ -14,7 +14,7 @@ from lorl.algorithms.registry import Estimate, advantage
 from lorl.algorithms.segments import discounted_suffix_sums
 
 
-@advantage("gae", source="Schulman et al. 2016, arXiv 1506.02438, eq. 16", needs=("values",))
+@advantage("gae", source="Schulman et al. 2016, arXiv 1506.02438", needs=("values",))
 def gae(inputs: AdvantageInputs, *, gamma: float = 1.0, lam: float = 1.0, whiten_advantages: bool = True) -> Estimate:
     """A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t; returns A + V for the critic.
 

@@ -9,8 +9,8 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """max((V - G)^2, (clip(V, V_old ± clip) - G)^2) / 2 of each token, and metrics; all float[M].
 
-    The clipped form of OpenAI's PPO (Baselines, ppo2; Engstrom et al. 2020, arXiv 2005.12729, §3); the PPO paper's
-    eq. 9 has the square alone, which is `clip=None`. Aggregate like a policy loss.
+    The clipped form of OpenAI's PPO (Baselines, ppo2; Engstrom et al. 2020, arXiv 2005.12729); the PPO paper
+    (arXiv 1707.06347) has the square alone, which is `clip=None`. Aggregate like a policy loss.
     """
     loss = (values - returns).square()
     if clip is None:

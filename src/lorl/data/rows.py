@@ -1,7 +1,8 @@
 """From a row's columns to a question: verl's layout, or the simple one of a question and its answer.
 
 verl: `data_source`, `prompt` (chat messages), `reward_model.ground_truth`, `extra_info`.
-Simple: `prompt` or `question` (text, or chat messages) and `answer`; the other columns become `extra_info`.
+Simple: `prompt` or `question` (text, or chat messages) and `answer`; the other columns become `extra_info`. A run whose
+reward needs no truth, such as a reward model's, sets `data.answer_key=null`.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ class Question:
 
     given_id: str | None  # the row's own `id`, where it has one
     messages: list[Message]  # as the row has them, without the run's system prompt
-    ground_truth: Any
+    ground_truth: Any  # None only where data.answer_key is null
     data_source: str
     extra_info: dict[str, Any]
 
@@ -47,11 +48,13 @@ def check_columns(rows: Sequence[Row], config: DataConfig, source: str, key: str
     wanted = {"prompt_key": "question" not in columns, "answer_key": "reward_model" not in columns, "source_key": False}
     for field, required in wanted.items():
         column, default = getattr(config, field), DataConfig.model_fields[field].default
+        if column is None:
+            continue
         # "question" stands in for the default prompt column only; a key that the user chose must exist
         if column not in columns and (required or column != default):
             raise UserError(
                 f"{key}: {source} has no column {column!r} (data.{field}); {nearest(column, columns)}"
-                + (" (a reward that needs no answer: name any column)" if field == "answer_key" else "")
+                + ("; where the reward needs no answer, set data.answer_key=null" if field == "answer_key" else "")
             )
 
 
@@ -123,6 +126,8 @@ def _ground_truth(values: dict[str, Any], config: DataConfig) -> Any:
         raise BadRowError(f"reward_model is {_kind(reward_model)}, not an object with ground_truth")
     truth = (reward_model or {}).get("ground_truth")
     if truth is None:
+        if config.answer_key is None:
+            return None
         truth = values.get(config.answer_key)
     if truth is None:
         raise BadRowError(f"has no answer, neither reward_model.ground_truth nor {config.answer_key!r}")

@@ -61,6 +61,56 @@ LINES = (
     Lines("Gradient norm", "Before clipping.", (("policy/grad_norm", "norm"),)),
     Lines("Loss", "Policy loss; its sign and size say little by themselves.", (("loss/policy", "policy"),)),
     Lines(
+        "Value loss",
+        "The critic's. Of a reward of 0 or 1, a critic that knows only its mean has half the variance.",
+        (("critic/loss", "loss"),),
+    ),
+    Lines(
+        "Explained variance",
+        "Of the returns by the critic's values: 1 is perfect, 0 is no better than their mean.",
+        (("critic/explained_variance", "explained"),),
+    ),
+    Lines(
+        "Returns and values",
+        "Means over tokens; the critic's values should follow.",
+        (("critic/returns_mean", "returns"), ("critic/values_mean", "values")),
+    ),
+    Lines("Critic's gradient norm", "Before clipping.", (("critic/grad_norm", "norm"),)),
+    Lines(
+        "Rollout correction: divergence",
+        "KL of the engine's policy to the trainer's, two estimates. It should stay near zero.",
+        (("rollout_corr/kl", "k1"), ("rollout_corr/k3_kl", "k3")),
+    ),
+    Lines(
+        "Rollout correction: perplexity ratio",
+        "The trainer's over the engine's; 1 is agreement.",
+        (("rollout_corr/ppl_ratio", "ratio"),),
+    ),
+    Lines(
+        "Rollout correction: chi-square",
+        "Of tokens and of whole sequences: how heavy the tails of the weights are.",
+        (("rollout_corr/chi2_token", "token"), ("rollout_corr/chi2_seq", "sequence")),
+        log=True,
+    ),
+    Lines(
+        "Rollout correction: weights",
+        "Mean after truncation, largest and smallest before.",
+        (
+            ("rollout_corr/rollout_is_mean", "mean"),
+            ("rollout_corr/rollout_is_max", "largest"),
+            ("rollout_corr/rollout_is_min", "smallest"),
+        ),
+        log=True,
+    ),
+    Lines(
+        "Rollout correction: what still counts",
+        "Effective sample size as a share of the tokens, and the share that was rejected.",
+        (
+            ("rollout_corr/rollout_is_eff_sample_size", "effective"),
+            ("rollout_corr/rollout_rs_masked_fraction", "rejected"),
+        ),
+    ),
+    Lines(
         "Throughput",
         "Tokens a second.",
         (("throughput/rollout_tokens_per_s", "rollout"), ("throughput/train_tokens_per_s", "training")),
@@ -71,7 +121,12 @@ LEARNING_RATE = Lines("Learning rate", "", (("policy/lr", "learning rate"),))
 LOG_RATIO = 100.0
 # Drawn by charts of their own; `reward/STATUS_fraction` is what the chart of failed outcomes counts.
 REWARDS_SHOWN = {"reward/mean", "reward/std", "reward/min", "reward/max"}
-PHASES = (("time/rollout_s", "rollout"), ("time/reward_s", "reward"), ("time/update_s", "update"))
+PHASES = (
+    ("time/rollout_s", "rollout"),
+    ("time/greedy_s", "greedy rollout"),
+    ("time/reward_s", "reward"),
+    ("time/update_s", "update"),
+)
 
 
 def charts(rows: list[Row], failures: dict[str, Counter[int]]) -> list[Chart]:

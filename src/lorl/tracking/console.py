@@ -28,6 +28,9 @@ class Console:
     Args:
         file: where to write; None is standard output. Commands that print data there pass `sys.stderr`.
         live: force (True) or forbid (False) the moving display; None finds out.
+
+    Attributes:
+        alive: called at every sign of life of the run, with the step that begins where one does.
     """
 
     def __init__(self, file: TextIO | None = None, live: bool | None = None):
@@ -37,6 +40,7 @@ class Console:
         self._progress: Progress | None = None
         self._training: TaskID | None = None
         self._in_training = False
+        self.alive: Callable[[int | None], None] = lambda step: None
 
     def info(self, text: str) -> None:
         """One line, above whatever moves."""
@@ -46,9 +50,16 @@ class Console:
         """One line that stands out."""
         self._print(Text.assemble(("warning: ", "bold yellow"), printable(text)))
 
+    def take_over(self) -> None:
+        """Puts the terminal right after another process died while it showed something that moves."""
+        if self.live:
+            self._rich.print()
+            self._rich.show_cursor(True)
+
     def step(self, step: int, metrics: dict[str, float], total: int | None = None) -> None:
         """The line of a finished step; moves the training bar to `step`."""
         self._print(Text(step_line(step, metrics, total)))
+        self.alive(step + 1)
         if self._progress is not None and self._training is not None:
             self._progress.update(self._training, completed=step)
 
@@ -56,6 +67,7 @@ class Console:
     def training(self, total_steps: int, done_steps: int = 0) -> Iterator[None]:
         """The bar over all steps, with the time left; `done_steps` were made before a resumption."""
         self._in_training = True
+        self.alive(done_steps + 1)
         with self._display() as progress:
             if progress is not None:
                 self._training = progress.add_task("training", total=total_steps, completed=done_steps)
@@ -73,18 +85,26 @@ class Console:
 
         In plain mode a phase says when it starts and ends, or, inside training, only every half minute.
         """
-        description = printable(description)
-        if self.live:
-            with self._display() as progress:
-                assert progress is not None
-                task = progress.add_task(description, total=total)
-                try:
-                    yield lambda n=1: progress.advance(task, n)
-                finally:
-                    progress.remove_task(task)
-        else:
-            with self._plain_phase(description, total) as advance:
-                yield advance
+        show = self._live_phase if self.live else self._plain_phase
+        with show(printable(description), total) as advance:
+
+            def advance_alive(n: int = 1) -> None:
+                self.alive(None)
+                advance(n)
+
+            self.alive(None)
+            yield advance_alive
+            self.alive(None)
+
+    @contextmanager
+    def _live_phase(self, description: str, total: int | None) -> Iterator[Advance]:
+        with self._display() as progress:
+            assert progress is not None
+            task = progress.add_task(description, total=total)
+            try:
+                yield lambda n=1: progress.advance(task, n)
+            finally:
+                progress.remove_task(task)
 
     @contextmanager
     def _plain_phase(self, description: str, total: int | None) -> Iterator[Advance]:
@@ -119,6 +139,7 @@ class Console:
                 self._progress = None
 
     def _print(self, text: Text) -> None:
+        self.alive(None)
         self._rich.print(text, soft_wrap=True)
 
 
