@@ -75,10 +75,27 @@ def test_the_algorithms_with_their_sources(forks: Forks, tmp_path: Path):
     shown = forks.run("algorithms", cwd=tmp_path)
     assert shown.code == 0
     assert re.search(r"^advantage +grpo +.*Shao", shown.out, re.MULTILINE)
-    assert {re.split("  +", line)[0] for line in shown.out.splitlines()} == {"advantage", "policy loss", "KL estimator"}
+    kinds = {"advantage", "policy loss", "KL estimator", "aggregation", "correction", "preset"}
+    assert {re.split("  +", line)[0] for line in shown.out.splitlines()} == kinds
+    assert re.search(r"^correction +decoupled_token_is +token weights truncated at 2 .*Yao", shown.out, re.MULTILINE)
+    assert re.search(r"^KL estimator +k3\+ +Straight-through.*2506\.09477", shown.out, re.MULTILINE)
     default = RunConfig.model_validate({}).algorithm
     for name in (default.advantage, default.policy_loss, default.kl_estimator):
         assert f" {name} " in shown.out
+
+
+def test_the_algorithms_of_a_users_own_file(forks: Forks, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        "from lorl.algorithms.registry import advantage\n\n\n"
+        '@advantage("shifted", source="a notebook")\ndef shifted(inputs, *, shift: float = 1.0):\n'
+        '    "A = R - shift"\n'
+    )
+    shown = forks.run("algorithms", "algorithm.path=mine.py", cwd=tmp_path)
+    assert shown.code == 0, shown
+    assert re.search(r"^advantage +shifted +A = R - shift +\[a notebook\]", shown.out, re.MULTILINE)
+    missing = forks.run("algorithms", "algorithm.path=yours.py", cwd=tmp_path)
+    assert (missing.code, missing.out) == (2, "")
+    assert "yours.py" in missing.err
 
 
 def test_the_models_that_can_be_fetched(tmp_path: Path):

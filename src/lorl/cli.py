@@ -153,10 +153,19 @@ def doctor() -> None:
 
 
 @app.command()
-def algorithms() -> None:
-    """Every advantage estimator, policy loss and KL estimator: a line and a source each."""
-    from lorl.algorithms.registry import available
+def algorithms(words: _Overrides = None) -> None:
+    """Every estimator, loss, KL estimator, aggregation, rollout correction and preset: a line and a source each.
 
+    With algorithm.path=FILE, the file's own as well.
+    """
+    from lorl import settings
+
+    path = settings.load(*_split(words)).algorithm.path
+    from lorl.algorithms.registry import available
+    from lorl.user_code import import_algorithms
+
+    if path is not None:
+        import_algorithms(path)
     for each in available():
         typer.echo(f"{each.kind:14}  {each.name:28}  {each.summary}  [{each.source}]")
 
@@ -231,6 +240,10 @@ def model_list() -> None:
 
 def train_and_report(config: "RunConfig", console: "Console") -> None:
     """Runs `config` to its end (see `lorl.setup.train`) and says what came of it."""
+    if config.run.restarts:
+        from lorl.supervisor import supervise
+
+        config = supervise(config, console)  # from here on this is a process that the one called watches
     from lorl.setup import train as run
 
     summary = run(config, console)

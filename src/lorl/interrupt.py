@@ -6,11 +6,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+SUPERVISED = "LORL_SUPERVISED"
+"""Variable in the environment of a run that `lorl.supervisor` watches: the supervisor's process id."""
+
 
 class StopRequest:
     """A context in which SIGINT and SIGTERM set `requested` to the signal's name; a second one ends the process.
 
-    Only a flag is set: the trainer looks at it between steps, where its state is whole.
+    Only a flag is set: the trainer looks at it between steps, where its state is whole. In a supervised run the second
+    signal is the supervisor's to act on: schedulers send one to each process of a job, so this one may get two of it.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -31,6 +35,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
+            if os.environ.get(SUPERVISED) == str(os.getppid()):
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.requested = signal.Signals(number).name

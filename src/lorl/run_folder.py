@@ -68,7 +68,7 @@ class RunFolder:
                 "from the environment"
             )
         named = _named_checkpoint(config.resume)
-        path = _path_for(config)
+        path = path_for(config)
         try:
             if path.exists() and not (path / CONFIG).exists() and _holds_something_else(path):
                 raise UserError(f"{path} exists and is not the folder of a run; choose another run.name")
@@ -133,7 +133,8 @@ class RunFolder:
 # Names and locks
 
 
-def _path_for(config: RunConfig) -> Path:
+def path_for(config: RunConfig) -> Path:
+    """The folder that `config` names, or, where it names none, one that does not exist yet. Raises UserError."""
     root, name = Path(config.run.dir), config.run.name
     if name is not None:
         if not _NAME.fullmatch(name):
