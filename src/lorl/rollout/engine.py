@@ -1,6 +1,6 @@
 """The protocol that every rollout engine meets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,7 +36,9 @@ class Engine(Protocol):
         an engine that ends up with anything else raises InfrastructureError."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
+    ) -> Generator[Completion]:
         """Yields completions as they finish, in any order. `adapter=None` samples from the base."""
         ...
 
@@ -46,6 +48,10 @@ class Engine(Protocol):
 
     def wake(self) -> None:
         """Takes it again. `generate` does so by itself."""
+        ...
+
+    def rebuild(self) -> None:
+        """After `generate` or `publish` raised: a fresh engine over the same weights. Nothing is published to it."""
         ...
 
     def close(self) -> None: ...

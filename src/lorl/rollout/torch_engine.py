@@ -6,7 +6,7 @@ their samples finish, and waiting prompts take their place.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +44,10 @@ class TorchEngine:
     """`Engine` over a `Policy`. It holds no weights: publishing records which version the policy's adapter is at, and
     generating refuses to run on anything else."""
 
-    def __init__(self, policy: Policy, *, max_concurrent: int = 256, memory_fraction: float = 0.4) -> None:
+    def __init__(self, policy: Policy, *, max_concurrent: int = 256, memory_fraction: float | None = None) -> None:
         self._policy = policy
         self._max_concurrent = max_concurrent
-        self._cache_tokens = int(memory_fraction * _device_memory(policy.device) / _bytes_per_token(policy))
+        self._cache_tokens = int((memory_fraction or 0.4) * _device_memory(policy.device) / _bytes_per_token(policy))
         self._published: dict[str, tuple[int, str]] = {}
 
     def publish(self, name: str, version: int, checksum: str) -> None:
@@ -58,7 +58,9 @@ class TorchEngine:
             )
         self._published[name] = (version, checksum)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
+    ) -> Generator[Completion]:
         version = self._version(adapter)
         waiting = deque(requests)
         cache = DecodeCache(self._policy.device)
@@ -83,6 +85,10 @@ class TorchEngine:
 
     def wake(self) -> None:
         """Nothing to take."""
+
+    def rebuild(self) -> None:
+        """Nothing outlives `generate` but the list of what was published."""
+        self._published.clear()
 
     def close(self) -> None:
         self._published.clear()

@@ -1,0 +1,310 @@
+"""The vLLM engine: in the trainer's process, on the trainer's base, its adapter slots written from the masters."""
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorl.errors import InfrastructureError
+from lorl.experience import Completion
+from lorl.policy.fold import fold
+from lorl.policy.policy import Policy
+from lorl.rollout.engine import Request, Sampling
+from lorl.rollout.proof import PublishProof
+from lorl.rollout.sampling import check_finite
+from lorl.rollout.vllm import slots
+from lorl.rollout.vllm.launch import WAITING
+from lorl.rollout.vllm.sampler import CountedSampler
+from lorl.rollout.vllm.versions import Inside
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    version: int
+    adapter_id: int  # new for every version: vLLM knows adapters by it
+    slot: int
+    masters: Mapping[str, nn.Parameter]
+    links: Sequence[slots.Link]
+    writes: int  # to the masters in their life so far: more of them later means that this version is stale
+
+
+@dataclass(frozen=True, slots=True)
+class PublishTimes:
+    """Seconds of a publish by part."""
+
+    gather: float = 0.0  # the masters and their places
+    copy: float = 0.0
+    activate: float = 0.0  # vLLM's registers
+    slots: float = 0.0  # proof: slot against masters
+    answers: float = 0.0  # proof: engine against trainer
+
+
+class VllmEngine:
+    """`Engine` over a running vLLM whose base is the policy's.
+
+    Attributes:
+        folds: whether rollouts of an adapter add it into the base (`policy.fold`) instead of using its slot.
+        publish_times: of the last publish.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[], Inside],
+        inside: Inside,
+        policy: Policy,
+        *,
+        max_concurrent: int,
+        adapter_slots: int,
+        rank: int,
+        rests: bool,
+    ) -> None:
+        """`launch` makes a fresh vLLM over the same weights, for `rebuild`."""
+        self._launch = launch
+        self._policy = policy
+        self._rank = rank
+        self._in_flight = max_concurrent + WAITING
+        self._adapter_slots = adapter_slots
+        self._rests = rests
+        self.folds = False
+        self.publish_times = PublishTimes()
+        self._adopt(inside)
+        self._proof = PublishProof(self, policy, prompt_tokens=inside.block_size + 4)
+
+    def publish(self, name: str, version: int, checksum: str) -> None:
+        clock = _Clock(self._policy.device)
+        masters, before = self._policy.parameters(name), self._published.get(name)
+        if before is None or any(
+            now is not then for now, then in zip(masters.values(), before.masters.values(), strict=True)
+        ):
+            slot = before.slot if before else self._free_slot(name)
+            slots.clear(self._inside.adapters.modules, slot)
+            links = self._link(name, masters, slot)
+        else:
+            slot, links = before.slot, before.links
+        gather = clock.lap()
+        slots.write(links)
+        copy = clock.lap()
+        if before is not None:
+            self._inside.unregister(before.adapter_id)
+        self._last_id += 1
+        self._inside.register(self._last_id, slot, self._rank)
+        self._published[name] = _Published(version, self._last_id, slot, masters, links, _writes(masters))
+        activate = clock.lap()
+        slots.check(links, f"adapter {name!r} version {version}")
+        compared = clock.lap()
+        self._proof.check(name, version)
+        self.publish_times = PublishTimes(gather, copy, activate, compared, clock.lap())
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
+    ) -> Generator[Completion]:
+        if adapter is None:
+            yield from self._sample(requests, sampling, 0, {})
+            return
+        published = self._current(adapter)
+        # vLLM keys its prefix cache by the adapter's name, or by the salt: every version has its own.
+        label = f"{adapter}@{published.version}.{published.adapter_id}"
+        if not self.folds:
+            from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+            request = LoRARequest(label, published.adapter_id, f"/{label}")  # the path is never opened
+            yield from self._sample(requests, sampling, published.version, {"lora_request": request})
+            return
+        with fold(self._policy, adapter):
+            yield from self._sample(requests, sampling, published.version, {}, salt=label)
+
+    def rest(self) -> None:
+        if not self._rests or self._resting:
+            return
+        if self._policy.device.type == "cuda":
+            self._inside.engine.sleep(level=1)
+        else:  # vLLM's CPU build cannot sleep: the cache's storage is let go, and vLLM's views of it stay
+            self._inside.engine.reset_prefix_cache()
+            self._storages = [(cache.untyped_storage(), cache.untyped_storage().nbytes()) for cache in self._caches()]
+            for storage, _ in self._storages:
+                storage.resize_(0)
+        self._resting = True
+
+    def wake(self) -> None:
+        if not self._resting:
+            return
+        if self._policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # what training freed goes back to the device: the cache is mapped there
+            self._inside.engine.wake_up()
+        else:
+            for storage, size in self._storages:
+                storage.resize_(size)
+            for cache in self._caches():
+                cache.zero_()
+        self._resting = False
+
+    def rebuild(self) -> None:
+        self.close()
+        self._adopt(self._launch())
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._published.clear()
+        self._inside.shut_down()
+        # Adapter slots and CUDA graphs go with them: an engine may be built in their place.
+        del self._inside, self._sampler
+        gc.collect()
+
+    @property
+    def proof(self) -> PublishProof:
+        """What compares this engine with the trainer at every publish."""
+        return self._proof
+
+    @property
+    def inside(self) -> Inside:
+        """The running vLLM, for measurements and tests."""
+        return self._inside
+
+    def _adopt(self, inside: Inside) -> None:
+        self._inside = inside
+        self._sampler = CountedSampler(inside, device=self._policy.device, capacity=self._in_flight)
+        self._published: dict[str, _Published] = {}
+        self._last_id = 0
+        self._last_request = 0
+        self._resting = False
+        self._closed = False
+        self._storages: list[tuple[Any, int]] = []
+
+    def _caches(self) -> list[Tensor]:
+        return self._inside.kv_caches()
+
+    def _free_slot(self, name: str) -> int:
+        taken = {published.slot for published in self._published.values()}
+        free = [slot for slot in range(self._adapter_slots) if slot not in taken]
+        if not free:
+            raise InfrastructureError(
+                f"adapter {name!r} finds no slot: {sorted(self._published)} hold all {self._adapter_slots}; raise "
+                "rollout.adapter_slots."
+            )
+        return free[0]
+
+    def _link(self, name: str, masters: Mapping[str, nn.Parameter], slot: int) -> list[slots.Link]:
+        tensors = {key: parameter.data for key, parameter in masters.items()}
+        modules = {slots.module_of(key) for key in tensors}
+        scaling = self._policy.scaling(name)
+        return slots.link(
+            tensors,
+            {module: scaling[module] for module in modules},
+            self._inside.adapters.modules,
+            self._inside.packed_modules(),
+            slot,
+        )
+
+    def _current(self, adapter: str) -> _Published:
+        published = self._published.get(adapter)
+        if published is None:
+            raise InfrastructureError(f"adapter {adapter!r} was never published to the engine")
+        if _writes(published.masters) != published.writes:
+            raise InfrastructureError(
+                f"adapter {adapter!r} changed after version {published.version} was published: rollouts would be "
+                "stale; publish it first"
+            )
+        return published
+
+    def _sample(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        version: int,
+        options: Mapping[str, Any],
+        salt: str | None = None,
+    ) -> Generator[Completion]:
+        self.wake()
+        engine, params = self._inside.engine, self._parameters(sampling)
+        waiting = deque((request, index) for request in requests for index in range(len(request.seeds)))
+        running: dict[str, tuple[Request, int, str]] = {}  # by lorl's id: what it is, and vLLM's own id for it
+        self._sampler.begin(sampling)
+        try:
+            while waiting or running:
+                fresh: list[tuple[str, int]] = []
+                while waiting and len(running) < self._in_flight:
+                    request, index = waiting.popleft()
+                    self._last_request += 1
+                    name = str(self._last_request)
+                    prompt: dict[str, Any] = {"prompt_token_ids": request.prompt.tokens}
+                    if salt is not None:
+                        prompt["cache_salt"] = salt
+                    own = engine.add_request(name, prompt, params, **options)
+                    running[name] = (request, index, own)
+                    fresh.append((own, request.seeds[index]))
+                if fresh:
+                    self._sampler.add(fresh)
+                finished = [output for output in engine.step() if output.finished]
+                if finished:
+                    yield from self._completions(finished, running, sampling, version)
+        finally:
+            if running:  # the caller left, or something raised
+                engine.abort_request(list(running))
+            self._sampler.end()
+
+    def _completions(
+        self, finished: Sequence[Any], running: dict[str, tuple[Request, int, str]], sampling: Sampling, version: int
+    ) -> Generator[Completion]:
+        ended = [running.pop(output.request_id) for output in finished]
+        answers = [output.outputs[0] for output in finished]
+        lengths = [(own, len(answer.token_ids)) for (_, _, own), answer in zip(ended, answers, strict=True)]
+        tables = self._sampler.take(lengths)
+        check_finite(torch.tensor([value for logprobs in tables for value in logprobs]))
+        tokenizer: Any = self._policy.tokenizer
+        texts = tokenizer.batch_decode([list(answer.token_ids) for answer in answers], skip_special_tokens=True)
+        for (request, index, _), answer, logprobs, text in zip(ended, answers, tables, texts, strict=True):
+            stops = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
+            yield Completion(
+                prompt=request.prompt,
+                sample=index,
+                tokens=list(answer.token_ids),
+                logprobs=logprobs,
+                text=text[: min(stops)] if stops else text,
+                finish="length" if answer.finish_reason == "length" else "stop",
+                version=version,
+            )
+
+    def _parameters(self, sampling: Sampling) -> Any:
+        """vLLM is told when to end; how tokens are drawn is `CountedSampler`'s."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+        return SamplingParams(
+            temperature=1.0,
+            max_tokens=sampling.max_tokens,
+            stop=sampling.stop or None,
+            stop_token_ids=None if sampling.ignore_eos else sorted(self._policy.eos_token_ids),
+            ignore_eos=True,  # the ids above are the ones that lorl knows
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+class _Clock:
+    """Seconds between laps, the device's work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._at = self._now()
+
+    def lap(self) -> float:
+        now = self._now()
+        taken, self._at = now - self._at, now
+        return taken
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _writes(masters: Mapping[str, nn.Parameter]) -> int:
+    """How often the tensors were written to: torch counts in-place writes."""
+    return sum(parameter._version for parameter in masters.values())

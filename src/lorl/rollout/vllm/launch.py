@@ -1,0 +1,80 @@
+"""Starting vLLM in this process: its memory decided beforehand, its base left where the trainer can read it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from lorl.config import RunConfig
+from lorl.errors import InfrastructureError, UserError
+from lorl.policy.fetch import resolve
+from lorl.rollout.vllm.versions import Inside, prepare
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has kernels for; a slot of the next larger one is taken
+WAITING = 64  # samples beyond the running ones that vLLM is given, so that a finished one is replaced at once
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the engine is started with."""
+
+    rank: int  # of the slots
+    slots: int  # adapters that are live at once
+    max_tokens: int  # prompt and completion
+    kv_bytes: int
+    can_rest: bool  # the KV cache lies in memory that can be unmapped
+
+
+def slot_rank(lora: LoraConfig) -> int:
+    """The smallest rank vLLM knows that holds the adapter. Raises UserError for what its kernels don't compute."""
+    if lora.use_dora or lora.lora_bias or lora.modules_to_save:
+        what = "DoRA" if lora.use_dora else "lora_bias" if lora.lora_bias else "modules_to_save"
+        raise UserError(f"adapter: vLLM does not compute {what}; use rollout.engine=torch.")
+    rank = max([lora.r, *(lora.rank_pattern or {}).values()])
+    fitting = [one for one in RANKS if one >= rank]
+    if not fitting:
+        raise UserError(f"adapter.rank={rank} is more than vLLM's largest, {RANKS[-1]}; use rollout.engine=torch.")
+    return fitting[0]
+
+
+def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Shape, **extra: Any) -> Inside:
+    """A running vLLM engine. `extra` goes to vLLM's EngineArgs."""
+    prepare(cpu=device.type == "cpu")
+    from vllm import EngineArgs, LLMEngine  # pyright: ignore[reportMissingImports]
+
+    rollout, path = config.rollout, resolve(config.model.path, weights=not config.model.random_weights)
+    batched = rollout.max_batched_tokens or max(8192, rollout.max_concurrent)
+    arguments: dict[str, Any] = {
+        "model": path,
+        "tokenizer": path,
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+        "dtype": str(dtype).removeprefix("torch."),
+        "load_format": "dummy" if config.model.random_weights else "auto",
+        "seed": config.seed % 2**31,
+        "max_model_len": shape.max_tokens,
+        "max_num_seqs": rollout.max_concurrent,
+        "max_num_batched_tokens": batched,
+        "enable_prefix_caching": rollout.prefix_caching,
+        "enforce_eager": rollout.enforce_eager or device.type == "cpu",
+        "kv_cache_memory_bytes": shape.kv_bytes,
+        "gpu_memory_utilization": 0.01,  # only compared with what is free, once kv_cache_memory_bytes is given
+        "enable_lora": True,
+        "max_loras": shape.slots,
+        "max_lora_rank": shape.rank,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if device.type == "cuda" and shape.can_rest:
+        arguments |= {"enable_sleep_mode": True, "worker_cls": "lorl.rollout.vllm.worker.RestingWorker"}
+    try:
+        return Inside(LLMEngine.from_engine_args(EngineArgs(**(arguments | extra))))
+    except torch.OutOfMemoryError as error:
+        raise InfrastructureError(f"vLLM ran out of memory while starting: {_line(error)}") from error
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"vLLM cannot start with this configuration: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:300]

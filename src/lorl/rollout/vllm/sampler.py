@@ -1,0 +1,95 @@
+"""Tokens drawn inside vLLM by lorl's counted randomness, their log-probabilities kept on the device.
+
+Asked for log-probabilities, vLLM builds Python objects for every token and loses 40% of its throughput at batch 256.
+Here they are a by-product of the draw: one number a token, written into a table that stays on the device and is read
+once a sample is finished. And since uniform number i of a sample's seed decides its token i, what is sampled does not
+depend on order or batching, only on the last digits of the logits.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorl.rollout.engine import Sampling
+from lorl.rollout.sampling import draw, uniforms
+from lorl.rollout.vllm.versions import Inside
+
+
+class CountedSampler:
+    """Stands in for vLLM's sampler while samples are registered; what vLLM draws for itself (warm-up) goes through its
+    own."""
+
+    def __init__(self, inside: Inside, *, device: torch.device, capacity: int) -> None:
+        self._inside = inside
+        self._device = device
+        self._capacity = capacity
+        self._free: list[int] = list(range(capacity))
+        self._slots: dict[str, int] = {}  # request id -> row of the tables
+        self._sampling = Sampling()
+        self._uniforms = torch.zeros(0)
+        self._logprobs = torch.zeros(0)
+        self._batch: list[str] = []
+        self._rows = self._prompts = torch.zeros(0, dtype=torch.int64)
+        sampler = inside.runner.sampler
+        self._own = sampler.forward
+        sampler.forward = self._forward
+
+    def begin(self, sampling: Sampling) -> None:
+        """Forgets all samples and makes tables for `sampling.max_tokens` tokens a sample."""
+        self._sampling = sampling
+        self._free = list(range(self._capacity))
+        self._slots.clear()
+        self._batch = []
+        # The extra row and column take what belongs to no token: rows of partial prefills, and of requests just ended.
+        shape = (self._capacity + 1, sampling.max_tokens + 1)
+        if self._logprobs.shape != shape:
+            self._uniforms = torch.zeros(shape, dtype=torch.float64, device=self._device)
+            self._logprobs = torch.zeros(shape, device=self._device)
+
+    def add(self, requests: Sequence[tuple[str, int]]) -> None:
+        """Registers samples by (request id, seed); at most `capacity` at a time."""
+        rows = [self._free.pop() for _ in requests]
+        self._slots |= {request: row for (request, _), row in zip(requests, rows, strict=True)}
+        count = self._sampling.max_tokens
+        numbers = torch.from_numpy(np.stack([uniforms(seed, count) for _, seed in requests]))
+        self._uniforms[torch.tensor(rows, device=self._device), :count] = numbers.to(self._device)
+
+    def take(self, requests: Sequence[tuple[str, int]]) -> list[list[float]]:
+        """The log-probabilities of finished samples given as (request id, tokens); their rows are free again."""
+        rows = [self._slots.pop(request) for request, _ in requests]
+        table = self._logprobs[torch.tensor(rows, device=self._device)].tolist()
+        self._free += rows
+        return [values[:count] for values, (_, count) in zip(table, requests, strict=True)]
+
+    def end(self) -> None:
+        self._slots.clear()
+
+    def _forward(self, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._slots:
+            return self._own(logits, sampling_metadata, *args, **kwargs)
+        from vllm.v1.outputs import SamplerOutput  # pyright: ignore[reportMissingImports]
+
+        row, position = self._where(logits.shape[0])
+        tokens, logprobs = draw(logits, None, self._uniforms[row, position], self._sampling)
+        self._logprobs[row, position] = logprobs
+        return SamplerOutput(sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1), logprobs_tensors=None)
+
+    def _where(self, count: int) -> tuple[Tensor, Tensor]:
+        """int64[B] each, on the device: every batch row's row of the tables, and the index of the token that it draws.
+
+        What only changes when requests come and go is kept on the device, and sent through pinned memory: a copy from
+        pageable memory would wait for the device, and vLLM's next step could not be prepared meanwhile.
+        """
+        ids = self._inside.runner.input_batch.req_ids
+        if ids != self._batch:
+            self._batch = list(ids)
+            known = [self._slots.get(request, self._capacity) for request in ids]
+            lengths = self._inside.prompt_lengths(count).tolist()
+            pinned = torch.tensor([known, lengths], pin_memory=self._device.type == "cuda")
+            self._rows, self._prompts = pinned.to(self._device, non_blocking=True)
+        last = self._sampling.max_tokens
+        position = self._inside.sequence_lengths(count) - self._prompts
+        return self._rows, position.where((position >= 0) & (position <= last), last)

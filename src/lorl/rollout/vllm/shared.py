@@ -1,0 +1,164 @@
+"""A policy and a vLLM engine on one base: vLLM loads the weights, the policy binds to views of them."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorl.config import RunConfig
+from lorl.errors import UserError
+from lorl.policy import adapters
+from lorl.policy.load import TRAINED, fill_random, load_base, load_policy, pick_device, pick_dtype
+from lorl.policy.policy import Policy
+from lorl.policy.sharing import CannotBindError, Weights, bind, empty_model, parameter_bytes, unshared_bytes
+from lorl.rollout.vllm import launch, loader, versions
+from lorl.rollout.vllm.engine import VllmEngine
+from lorl.rollout.vllm.memory import GIB, adapter_bytes, budget, kv_bytes_per_token, training_bytes
+from lorl.rollout.vllm.mode import faster_mode
+from lorl.rollout.vllm.versions import Inside
+
+_PROOF_TOKENS = 160  # what `PublishProof` asks for: a block of the CPU build's cache and a few tokens
+_CPU_KV_BYTES = 4 * GIB  # at most, where rollout.memory_fraction is not set: a laptop does other things too
+
+
+def chosen(config: RunConfig) -> bool:
+    """Whether this run samples with vLLM: as asked, or by `auto` on a GPU that has one lorl knows. On a CPU the
+    embedded engine is the faster one."""
+    if config.rollout.engine != "auto":
+        return config.rollout.engine == "vllm"
+    try:
+        versions.check()
+    except UserError:
+        return False
+    return pick_device(config.model).type == "cuda"
+
+
+def policy_and_engine(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
+) -> tuple[Policy, VllmEngine]:
+    """Both, on one base. `tell` gets what a user should know: copies that could not be avoided, the mode chosen.
+
+    Raises:
+        UserError: vLLM or its version is not at hand, the memory does not suffice, or the adapter is of a kind that
+            vLLM does not compute.
+    """
+    versions.check()
+    device = pick_device(config.model)
+    dtype = pick_dtype(config.model, device)
+    lora = adapters.configured(config.adapter)
+    model = empty_model(config.model, dtype)
+    shape, rests = _shape(config, model, device, dtype, launch.slot_rank(lora))
+    start = partial(launch.start, config, device, dtype, shape)
+    inside = start()
+    try:
+        return _on_base_of(inside, start, config, model, shape.rank, rests, tokenizer, tell)
+    except BaseException:
+        inside.shut_down()
+        raise
+
+
+def _on_base_of(
+    inside: Inside,
+    start: Callable[..., Inside],
+    config: RunConfig,
+    model: PreTrainedModel,
+    rank: int,
+    rests: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    tell: Callable[[str], None],
+) -> tuple[Policy, VllmEngine]:
+    """Binds `model` to the weights of the vLLM that runs in `inside`, or loads it apart where that can't be."""
+    weights = Weights(inside.weights(), inside.packed_modules())
+    shares = True
+    try:
+        bind(model, weights)
+    except CannotBindError as error:
+        shares = False
+        model = load_base(config.model)
+        tell(f"the base is in memory twice, {parameter_bytes(model) / 2**20:,.1f} MiB more than shared: {error}")
+    model.requires_grad_(False)
+    if config.model.random_weights and shares:
+        fill_random(model)  # vLLM's dummy weights are so small that the model's output hardly depends on them
+    policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer, base=model.eval())
+    if shares:
+        tell(f"the base is shared with vLLM: {unshared_bytes(policy.base_tensors(), weights)} extra bytes")
+    engine = VllmEngine(
+        partial(_relaunch, start, inside.weights(tied=True)) if shares else start,
+        inside,
+        policy,
+        max_concurrent=config.rollout.max_concurrent,
+        adapter_slots=config.rollout.adapter_slots,
+        rank=rank,
+        rests=rests,
+    )
+    engine.folds = _folds(config, engine, policy, shares, tell)
+    return policy, engine
+
+
+def _folds(config: RunConfig, engine: VllmEngine, policy: Policy, shares: bool, tell: Callable[[str], None]) -> bool:
+    mode = config.rollout.adapter_mode
+    if mode == "fold" and not shares:
+        raise UserError("rollout.adapter_mode=fold needs a shared base, and this one is not; use adapter_mode=adapter.")
+    if mode != "auto" or not shares:
+        return mode == "fold"
+    engine.publish(TRAINED, 0, policy.checksum(TRAINED))
+    folds, told = faster_mode(engine, policy, config)
+    tell(told)
+    return folds
+
+
+def _shape(
+    config: RunConfig, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, rank: int
+) -> tuple[launch.Shape, bool]:
+    """What vLLM is started with, and whether its KV cache must rest while the policy trains."""
+    text = model.config.get_text_config()
+    max_tokens = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, _PROOF_TOKENS)
+    smallest = kv_bytes_per_token(text, dtype.itemsize) * (max_tokens + 512)
+    fraction = config.rollout.memory_fraction
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+        fraction = fraction or max(min(0.4, _CPU_KV_BYTES / total), smallest / total)
+    tree = config.data.max_prompt_tokens + config.rollout.n * config.rollout.max_response_tokens
+    recompute = config.model.gradient_checkpointing
+    found = budget(
+        total=total,
+        free=free,
+        base=parameter_bytes(model),
+        adapters=adapter_bytes(
+            text,
+            rank,
+            config.rollout.adapter_slots,
+            itemsize=dtype.itemsize,
+            learning=1 + (config.algorithm.advantage == "gae"),
+        ),
+        training=training_bytes(
+            text,
+            config.parallel.microbatch_tokens,
+            itemsize=dtype.itemsize,
+            checkpointing=device.type == "cuda" if recompute == "auto" else recompute,
+            rank=rank,
+            masked=0 if device.type == "cuda" else min(tree, config.parallel.microbatch_tokens),
+        ),
+        fraction=fraction,
+        smallest=smallest,
+        rest=config.rollout.rest,
+    )
+    shape = launch.Shape(
+        rank=rank,
+        slots=config.rollout.adapter_slots,
+        max_tokens=max_tokens,
+        kv_bytes=found.kv_bytes,
+        can_rest=found.rests,
+    )
+    return shape, found.rests
+
+
+def _relaunch(start: Callable[..., Inside], kept: Mapping[str, Tensor]) -> Inside:
+    """vLLM anew on the tensors that the policy's parameters are views of."""
+    with loader.adopting(kept):
+        return start(load_format=loader.FORMAT)

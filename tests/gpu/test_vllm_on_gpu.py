@@ -1,0 +1,71 @@
+"""The vLLM engine on a CUDA device, in bfloat16: one base, adapters in slots, folds, rest and rebuild."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lorl.policy.load import TRAINED
+from lorl.policy.sharing import Weights, unshared_bytes
+from lorl.rollout.engine import Sampling
+from vllm_engines import Opened, addresses, distance, draw, needs_vllm, opened, run, save_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    needs_vllm[1],
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+BOUND = 0.05  # mean |log-probability difference| of two bfloat16 implementations
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
+    model = save_model(
+        tmp_path_factory.mktemp("models") / "llama", num_hidden_layers=4, initializer_range=0.05, **shape
+    )
+    keys = ["model.device=cuda", "rollout.memory_fraction=0.05", "rollout.rest=always", "rollout.enforce_eager=true"]
+    with opened(model, *keys) as found:
+        yield found
+
+
+def test_one_base_in_memory(engine: Opened) -> None:
+    inside = engine.engine.inside
+    assert unshared_bytes(engine.policy.base_tensors(), Weights(inside.weights(), inside.packed_modules())) == 0
+
+
+def test_engine_and_trainer_agree_through_slot_and_fold(engine: Opened) -> None:
+    before = engine.policy.base_checksum()
+    for version in range(1, 6):
+        draw(engine.policy, version)
+        engine.publish(version=version)
+    for adapter, folds in ((None, False), (TRAINED, False), (TRAINED, True)):
+        engine.engine.folds = folds
+        found = run(engine.engine, adapter, Sampling(max_tokens=32, ignore_eos=True), n=4)
+        engine.engine.folds = False
+        assert distance(engine.policy, found, adapter) < BOUND
+    assert engine.policy.base_checksum() == before
+    other = run(engine.engine, TRAINED, Sampling(max_tokens=32, ignore_eos=True), n=4)
+    assert distance(engine.policy, other, None) > 2 * BOUND  # the adapter says something else than the base
+
+
+def test_resting_gives_memory_back_and_waking_takes_it(engine: Opened) -> None:
+    sampling = Sampling(max_tokens=8, ignore_eos=True, temperature=0.0)
+    before = run(engine.engine, None, sampling)
+    awake = torch.cuda.mem_get_info()[0]
+    where = addresses(engine.policy)
+    engine.engine.rest()
+    assert torch.cuda.mem_get_info()[0] - awake > 0.04 * torch.cuda.mem_get_info()[1]
+    assert [c.tokens for c in run(engine.engine, None, sampling)] == [c.tokens for c in before]
+    assert addresses(engine.policy) == where
+
+
+def test_rebuilt_over_the_same_weights(engine: Opened) -> None:
+    sampling = Sampling(max_tokens=8, ignore_eos=True, temperature=0.0)
+    before, where = run(engine.engine, None, sampling), addresses(engine.policy)
+    engine.engine.rebuild()
+    draw(engine.policy, 9)
+    engine.publish(version=9)
+    assert addresses(engine.policy) == where
+    assert [c.tokens for c in run(engine.engine, None, sampling)] == [c.tokens for c in before]
