@@ -2,7 +2,6 @@
 
 import io
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,15 @@ from torch import Tensor
 from lorl import settings
 from lorl.algorithms.correction import PRESETS
 from lorl.algorithms.registry import available
-from lorl.config import RewardConfig
 from lorl.errors import UserError
 from lorl.policy.load import TRAINED
 from lorl.rewards.pool import RewardPool
-from small_trainer import RULE, run, small_config
+from small_trainer import run, small_config
+
+pytest_plugins = ["trainer_fixtures"]
 
 ESTIMATORS = [each.name for each in available() if each.kind == "advantage"]
 LOSSES = [each.name for each in available() if each.kind == "policy loss"]
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPool]:
-    rule = tmp_path_factory.mktemp("rule") / "rule.py"
-    rule.write_text(RULE)
-    with RewardPool(RewardConfig(path=str(rule), workers=1)) as pool:
-        yield pool
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # products of this size only wait for a second one
 
 
 def adapter_of(trainer: Any, step: int = 2) -> dict[str, Tensor]:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from conftest import save_tiny_model
+from conftest import save_tiny_model, tiny_tokenizer
+from lorl import settings
 from lorl.checkpoint import ADAPTER_TENSORS
+from lorl.setup import advice
 from lorl_command import Forks, Result, adapter_sha256, run_installed, small_run, write_rows
 
 
@@ -87,6 +89,7 @@ MISTAKES: dict[str, tuple[str | list[str], Prepare, list[str]]] = {
     "unknown key": ("rollout.temprature=1", _nothing, ["'rollout.temprature'", "'rollout.temperature'"]),
     "wrong type": ("rollout.n=lots", _nothing, ["rollout.n=lots", "a whole number"]),
     "out of bounds": ("optim.lr=-1", _nothing, ["optim.lr=-1", "> 0"]),
+    "engine that lorl lacks": ("rollout.engine=sglang", _nothing, ["no SGLang engine", "use vllm or torch"]),
     "unknown choice": ("algorithm.kl_in=los", _nothing, ["algorithm.kl_in=los", "'loss'"]),
     "no equals sign": ("quickly", _nothing, ["'quickly'", "key=value"]),
     "unknown option": ("--quick", _nothing, ["--quick", "lorl train --help"]),
@@ -140,7 +143,11 @@ MISTAKES: dict[str, tuple[str | list[str], Prepare, list[str]]] = {
     "device that is not there": ("model.device=cuda", _nothing, ["model.device=cuda"]),
     "adapter that is none": ("adapter.path=runs", _nothing, ["adapter.path", "runs", "adapter_config.json"]),
     "unknown target": ("adapter.target_modules=[q_prj]", _nothing, ["q_prj", "'q_proj'"]),
-    "more GPUs than lorl can use": ("parallel.gpus=2", _nothing, ["parallel.gpus=2"]),
+    "two GPUs in one process": (
+        ["parallel.gpus=2", "parallel.strategy=local"],
+        _nothing,
+        ["parallel.gpus=2", "parallel.strategy=local"],
+    ),
     "name with a path": ("run.name=../r", _nothing, ["run.name='../r'"]),
     "hidden name": ("run.name=.r", _nothing, ["run.name='.r'"]),
     "folder of something else": ("run.name=photos", _something_else, ["runs/photos", "run.name"]),
@@ -166,6 +173,49 @@ def test_a_mistake_costs_one_sentence(forks: Forks, tiny_model: Path, tmp_path: 
     if after != before:  # the run's folder was made already: it must not stand in the way
         corrected = forks.run(*argv, cwd=tmp_path)
         assert corrected.code == 0, corrected
+
+
+@pytest.mark.parametrize(
+    ("keys", "warned"),
+    [
+        (["algorithm.kl_in=reward", "algorithm.kl_coef=0.001"], "algorithm.kl_in=reward"),
+        (["algorithm.kl_in=reward", "algorithm.kl_coef=0.1", "algorithm.advantage=grpo_passk"], "grpo_passk"),
+        (["algorithm.kl_in=reward"], None),
+        (["algorithm.kl_in=reward", "algorithm.kl_coef=0.001", "algorithm.normalize_std=false"], None),
+        (["algorithm.kl_in=reward", "algorithm.kl_coef=0.001", "algorithm.advantage=reinforce_plus_plus"], None),
+        (["algorithm.kl_in=reward", "algorithm.kl_coef=0.001", "algorithm.advantage=gae", "critic.epochs=2"], None),
+        (["algorithm.kl_coef=0.001"], None),
+        (["critic.epochs=2"], "critic.* has no effect"),
+        (["adapter.rank=128", "data.prompts_per_step=128"], "adapter.rank=128"),
+        (["adapter.rank=128", "data.prompts_per_step=128", "algorithm.minibatch_prompts=64"], None),
+    ],
+)
+def test_what_has_been_seen_to_go_wrong_is_warned_of(keys: list[str], warned: str | None):
+    found = advice(settings.load(None, keys))
+    assert len(found) == (warned is not None)
+    assert warned is None or warned in found[0]
+
+
+def test_warnings_come_before_the_run(forks: Forks, tiny_model: Path, tmp_path: Path):
+    keys = ["trainer.total_steps=1", "algorithm.kl_in=reward", "algorithm.kl_coef=0.001", "critic.lr=1e-3"]
+    done = forks.run(*small_run(tmp_path, tiny_model, *keys), cwd=tmp_path)
+    assert done.code == 0, done
+    told = done.out + done.err
+    assert told.index("algorithm.kl_in=reward with") < told.index("critic.* has no effect") < told.index("run folder")
+
+
+def test_prompts_need_no_answers_where_a_model_alone_grades(forks: Forks, tiny_model: Path, tmp_path: Path):
+    shape = LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                        num_attention_heads=2, num_labels=1, pad_token_id=1)  # fmt: skip
+    LlamaForSequenceClassification(shape).save_pretrained(tmp_path / "judge")
+    tiny_tokenizer().save_pretrained(tmp_path / "judge")
+    argv = [*small_run(tmp_path, tiny_model, "trainer.total_steps=1"), "reward_model.path=judge"]
+    write_rows(tmp_path / "train.jsonl", [{"prompt": f"{i}+{i}="} for i in range(8)])
+    assert "data.answer_key" in sentence(forks.run(*argv, cwd=tmp_path))
+    alone = forks.run(*argv, "reward_model.rule_weight=0", cwd=tmp_path)
+    assert alone.code == 0, alone
+    judged = forks.run("eval", "data.val=train.jsonl", *argv[1:], "reward_model.rule_weight=0", cwd=tmp_path)
+    assert judged.code == 0, judged
 
 
 def test_config_files(forks: Forks, tiny_model: Path, tmp_path: Path):

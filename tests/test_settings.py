@@ -92,6 +92,8 @@ def test_a_key_like_no_other_lists_the_valid_ones():
         ("adapter.target_modules=[1]", ["adapter.target_modules=[1]", "text or a list of text"]),
         ("model.dtype=bfloat", ["model.dtype=bfloat", "auto, float32, bfloat16", "did you mean 'bfloat16'"]),
         ("model.dtype=int8", ["one of auto, float32, bfloat16"]),
+        ("rollout.engine=sglang", ["rollout.engine=sglang: lorl has no SGLang", "engines.md", "use vllm or torch"]),
+        ("rollout.engine=vlm", ["one of auto, torch, vllm", "did you mean 'vllm'"]),
         ("model.path=true", ["model.path=true", "expected text", "quotes"]),
         ("model=3", ["model=3", "section", "model.path"]),
         ("optim=null", ["optim=null", "section"]),

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from lorl import settings
 from lorl.algorithms.names import ADVANTAGES, ALIASES, KL_ESTIMATORS, POLICY_LOSSES
 from lorl.config import RunConfig
 from lorl.errors import UserError
+from lorl.rollout.vllm import versions
 from lorl.setup import check
 from lorl.verl import translate
 from lorl.verl.docs import markdown
@@ -201,6 +203,17 @@ MEANINGS: list[tuple[list[str], dict[str, Any]]] = [
      {"eval.n": 4, "eval.temperature": 0.6}),
     # the run
     ([f"{ROLLOUT}.name=hf"], {"rollout.engine": "torch"}),
+    ([f"{ROLLOUT}.max_num_batched_tokens=1536", f"{ROLLOUT}.max_num_seqs=512", f"{ROLLOUT}.enforce_eager=True",
+      f"{ROLLOUT}.enable_prefix_caching=False", f"{ROLLOUT}.free_cache_engine=False",
+      f"{ROLLOUT}.gpu_memory_utilization=0.3"],
+     {"rollout.max_batched_tokens": 1536, "rollout.max_concurrent": 512, "rollout.enforce_eager": True,
+      "rollout.prefix_caching": False, "rollout.rest": "never", "rollout.memory_fraction": 0.3}),
+    ([f"+{ROLLOUT}.engine_kwargs.vllm.max_loras=2", f"+{ROLLOUT}.engine_kwargs={{vllm:{{max_num_seqs:64}}}}",
+      f"+{ROLLOUT}.engine_kwargs.vllm.enforce_eager=True"],
+     {"rollout.adapter_slots": 2, "rollout.max_concurrent": 64, "rollout.enforce_eager": True}),
+    ([f"{ROLLOUT}.engine_kwargs.vllm={{}}", f"{ROLLOUT}.free_cache_engine=True"],
+     {"rollout.adapter_slots": 1, "rollout.rest": "auto", "rollout.memory_fraction": None,
+      "rollout.max_batched_tokens": 8192}),
     (["trainer.logger=['console','file','wandb','tensorboard']"], {"trainer.trackers": ["wandb", "tensorboard"]}),
     (["trainer.logger=console"], {"trainer.trackers": []}),
     (["trainer.default_local_dir=out/${trainer.project_name}/x1"], {"run.dir": "out/verl_examples", "run.name": "x1"}),
@@ -230,6 +243,40 @@ def test_an_adapter_to_start_from_needs_no_rank_and_is_the_reference():
     assert translation.config.adapter.path == "a"
     assert translation.config.algorithm.reference == "start"
     assert any("+lorl.algorithm.reference=base" in line for line in translation.notes)
+
+
+@pytest.mark.parametrize(("version", "usable"), [("0.24.0", True), ("0.32.1", True), ("0.23.0", False), (None, False)])
+def test_vllm_is_the_engine_where_lorl_knows_the_one_installed_and_the_log_says_where_not(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, usable: bool
+):
+    monkeypatch.setattr(versions, "installed", lambda: version and Version(version))
+    translation = translate([*SMALL, f"{ROLLOUT}.name=vllm", f"{ROLLOUT}.enforce_eager=True"])
+    assert translation.config.rollout.engine == ("vllm" if usable else "auto")
+    assert translation.config.rollout.enforce_eager
+    said = [line for line in translation.notes if f"{ROLLOUT}.name=vllm: rollout.engine=auto" in line]
+    idle = [line for line in translation.notes if f"{ROLLOUT}.enforce_eager" in line]
+    assert len(said) == len(idle) == (0 if usable else 1)
+    if not usable:
+        assert (version or "not installed") in said[0]
+        assert "only rollout.engine=vllm" in idle[0]
+
+
+def test_vllm_is_not_asked_for_on_more_gpus_than_its_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(versions, "installed", lambda: Version("0.24.0"))
+    translation = translate([*SMALL[:-1], "trainer.n_gpus_per_node=4", f"{ROLLOUT}.name=vllm"])
+    assert translation.config.rollout.engine == "auto"
+    assert any("rollout.engine=auto, since" in line and "these are 4" in line for line in translation.notes)
+
+
+def test_the_embedded_engine_is_told_which_keys_were_vllms():
+    notes = translate([*SMALL, f"{ROLLOUT}.name=hf", f"{ROLLOUT}.free_cache_engine=False"]).notes
+    assert any(f"{ROLLOUT}.free_cache_engine (only rollout.engine=vllm" in line for line in notes)
+
+
+def test_the_share_of_memory_is_told_to_be_the_caches_alone():
+    notes = translate([*SMALL, f"{ROLLOUT}.gpu_memory_utilization=0.4"]).notes
+    assert any("gpu_memory_utilization=0.4: rollout.memory_fraction=0.4, for the KV cache" in line for line in notes)
+    assert not any("memory_fraction" in line for line in translate(SMALL).notes)
 
 
 def test_what_has_no_effect_is_named_with_its_reason():
@@ -283,6 +330,12 @@ def test_decisive_defaults_of_verl_are_told():
         ([f"{ROLLOUT}.temperature=0", f"{ROLLOUT}.n=4"], ["rollout.n=4", f"rollout.n is {ROLLOUT}.n"]),
         ([f"{ROLLOUT}.multi_turn.enable=True"], ["multi_turn.enable=true", "one turn"]),
         ([f"+{ROLLOUT}.engine_kwargs.vllm.seed=1"], ["engine_kwargs.vllm.seed", "nothing through"]),
+        (
+            [f"+{ROLLOUT}.engine_kwargs.vllm.enforce_eager=True", f"{ROLLOUT}.enforce_eager=False"],
+            [f"{ROLLOUT}.enforce_eager=false", "engine_kwargs.vllm.enforce_eager=true", "two spellings"],
+        ),
+        ([f"{ROLLOUT}.quantization=fp8"], ["rollout.quantization=fp8", "very weights"]),
+        ([f"{ROLLOUT}.logprobs_mode=raw_logprobs"], ["logprobs_mode=raw_logprobs", "before top_k"]),
         (["actor_rollout_ref.model.lora.rank=16"], ["actor_rollout_ref.model.lora.rank", "lora_rank"]),
         (["critic.enable=True"], ["critic.enable=true", "adv_estimator=grpo", "no use"]),
         (["algorithm.adv_estimator=gae", "critic.model.lora_rank=0"], ["critic.model.lora_rank=0", "adapter"]),

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 from lorl.config import RunConfig
 from lorl.policy.fetch import cache_dir
+from lorl.rollout.vllm import versions
 from lorl.tracking.console import Console
 
 GIB = 2**30
@@ -118,7 +119,8 @@ def _torch() -> list[Check]:
     support = (
         Check("bf16", "ok", "supported") if bf16 else Check("bf16", "note", "not native", "set model.dtype=float32")
     )
-    used = Check("lorl will use", "ok", "device cuda, dtype bfloat16, engine torch")
+    engine = "vllm" if versions.known() else "torch"
+    used = Check("lorl will use", "ok", f"device cuda, dtype bfloat16, engine {engine}")
     return [Check("torch build", "ok", f"CUDA {torch.version.cuda} build"), *devices, support, used]
 
 

@@ -35,6 +35,13 @@ RESUME_FREE = (
     "checkpoint.*",
     "resume",
     "reward.workers",
+    "rollout.retries",
+    "parallel.strategy",
+    "parallel.shard_size",
+    "parallel.gpus",
+    "parallel.nodes",
+    "parallel.threads",
+    "parallel.collective_limit_s",
     "run.*",
 )
 """Patterns of keys that may differ when a run is resumed: none of them changes what an earlier step computed."""
@@ -309,6 +316,10 @@ def _ratio(a: str, b: str) -> float:
 
 # Mistakes in words
 
+_REFUSED_BY_NAME = {
+    "rollout.engine=sglang": "lorl has no SGLang engine (docs/engines.md says what one needs); use vllm or torch",
+}
+
 
 def _sentence(error: ValidationError, tree: Any) -> str:
     """The first mistake, and how many keys are wrong besides."""
@@ -349,6 +360,8 @@ def _message(key: str, detail: ErrorDetails, tree: Any) -> str:
         return f"{key}={shown(value)}: {key!r} is a section; set its keys, such as {example}"
     field = _LEAVES[key]
     message = f"{key}={shown(value)}: expected {in_words(field.annotation, field.metadata)}"
+    if why := _REFUSED_BY_NAME.get(f"{key}={value}"):
+        return f"{key}={value}: {why}"
     if get_origin(field.annotation) is Literal and isinstance(value, str):
         close = difflib.get_close_matches(value, map(str, get_args(field.annotation)), n=1)
         message += f"; did you mean {close[0]!r}?" if close else ""

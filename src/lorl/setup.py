@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lorl import settings
-from lorl.config import CriticConfig, RunConfig
+from lorl.config import CriticConfig, DataConfig, RunConfig
 from lorl.data.loader import PromptLoader
 from lorl.data.prompts import PromptSet, load_prompts
 from lorl.errors import UserError
@@ -14,7 +14,7 @@ from lorl.evaluation import Evaluation
 from lorl.evaluation import evaluate as judge
 from lorl.experience import Prompt
 from lorl.objective import Objective
-from lorl.parallel.local import local_worker
+from lorl.parallel import start
 from lorl.policy.load import TRAINED, load_tokenizer
 from lorl.rewards.pool import RewardPool
 from lorl.run_folder import RunFolder
@@ -27,8 +27,8 @@ from lorl.trainer import Trainer
 def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
     """Runs `config` to its end. Returns the summary, or None when a signal stopped the run and it was saved."""
     check(config)
-    if advice := rank_advice(config):
-        console.warn(advice)
+    for text in advice(config):
+        console.warn(text)
     _use_threads(config)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder.open(config, settings.to_yaml(config)))
@@ -36,8 +36,9 @@ def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
         tokenizer = load_tokenizer(config.model)
         with console.phase("reading prompts"):
             assert config.data.train is not None
-            train_set = load_prompts(config.data, config.data.train, tokenizer, "train")
-            val_set = load_prompts(config.data, config.data.val, tokenizer, "val") if config.data.val else None
+            data = _data(config)
+            train_set = load_prompts(data, config.data.train, tokenizer, "train")
+            val_set = load_prompts(data, config.data.val, tokenizer, "val") if config.data.val else None
         _tell_left_out(train_set, console)
         loader = PromptLoader(
             train_set.prompts, config.data.prompts_per_step, shuffle=config.data.shuffle, seed=config.seed
@@ -45,12 +46,8 @@ def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
         val = val_set.prompts if val_set else []
         pool = _rule(config, [*train_set.prompts, *val], stack)
         with console.phase(f"loading {config.model.path}"):
-            worker = local_worker(config, tokenizer)
+            worker = start.start_workers(config, tokenizer, console.info)
         stack.callback(worker.close)
-        if config.critic != CriticConfig() and not Objective.of(config).needs_critic:
-            console.warn(f"critic.* has no effect: algorithm.advantage={config.algorithm.advantage} has no critic")
-        if worker.scorer is not None:
-            console.info(worker.scorer.description)
         resume_step = None
         trainer = Trainer(
             config=config,
@@ -82,11 +79,11 @@ def evaluate(config: RunConfig, console: Console) -> Evaluation:
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.model)
         with console.phase("reading prompts"):
-            val = load_prompts(config.data, config.data.val, tokenizer, "val")
+            val = load_prompts(_data(config), config.data.val, tokenizer, "val")
         _tell_left_out(val, console)
         pool = _rule(config, val.prompts, stack)
         with console.phase(f"loading {config.model.path}"):
-            worker = local_worker(config, tokenizer)
+            worker = start.start_workers(config, tokenizer, console.info)
         stack.callback(worker.close)
         worker.publish()
         with console.phase("evaluating", total=len(val.prompts) * config.eval.n) as advance:
@@ -102,11 +99,7 @@ def check(config: RunConfig) -> None:
             "data.train is not set: name a parquet or JSON-lines file of prompts, for instance "
             "data.train=data/train.parquet (`lorl data --help` makes one)."
         )
-    if config.parallel.gpus * config.parallel.nodes > 1:
-        raise UserError(
-            f"parallel.gpus={config.parallel.gpus} on parallel.nodes={config.parallel.nodes}: this version of lorl "
-            "trains on one GPU; set both to 1."
-        )
+    start.check(config)
     trackers.check(config.trainer.trackers)
     _check_algorithm(config)
 
@@ -131,14 +124,43 @@ def _check_algorithm(config: RunConfig) -> None:
         raise UserError("reward_model.weight and rule_weight mix a rule with a model; set reward_model.path as well.")
 
 
+def _asks_rule(config: RunConfig) -> bool:
+    """Whether a rule grades, or the reward model alone decides."""
+    return config.reward_model.path is None or config.reward_model.rule_weight != 0
+
+
 def _rule(config: RunConfig, prompts: list[Prompt], stack: ExitStack) -> RewardPool | None:
-    """The graders, or None where the reward model alone decides: no prompt then needs one."""
-    if config.reward_model.path is not None and config.reward_model.rule_weight == 0:
+    """The graders, where a rule is asked."""
+    return stack.enter_context(RewardPool(config.reward, _sources(prompts))) if _asks_rule(config) else None
+
+
+def _data(config: RunConfig) -> DataConfig:
+    """data.*; where no rule is asked, a prompt needs no answer."""
+    return config.data if _asks_rule(config) else config.data.model_copy(update={"answer_key": None})
+
+
+def advice(config: RunConfig) -> list[str]:
+    """Warnings about what is allowed and has been seen to go wrong, or does nothing."""
+    found = [_rank_advice(config), _kl_advice(config)]
+    if config.critic != CriticConfig() and not Objective.of(config).needs_critic:
+        found.append(f"critic.* has no effect: algorithm.advantage={config.algorithm.advantage} has no critic")
+    return [text for text in found if text is not None]
+
+
+def _kl_advice(config: RunConfig) -> str | None:
+    """The division blows the KL's small differences up to full size where all rewards of a group are equal."""
+    algorithm = config.algorithm
+    divides = algorithm.advantage in ("grpo", "grpo_passk") and algorithm.normalize_std
+    if not (divides and algorithm.kl_in == "reward" and algorithm.kl_coef > 0):
         return None
-    return stack.enter_context(RewardPool(config.reward, _sources(prompts)))
+    return (
+        f"algorithm.kl_in=reward with algorithm.advantage={algorithm.advantage}, which divides by the group's standard "
+        "deviation, has been seen to stop the learning (docs/algorithms.md); use algorithm.kl_in=loss, or "
+        "algorithm.normalize_std=false"
+    )
 
 
-def rank_advice(config: RunConfig) -> str | None:
+def _rank_advice(config: RunConfig) -> str | None:
     """High ranks with large batches have been seen to collapse ("Structure Over Scale", ICML 2026 workshop)."""
     batch = config.algorithm.minibatch_prompts or config.data.prompts_per_step
     if config.adapter.path is not None or config.adapter.rank < 64 or batch < 128:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from os.path import expanduser
 from pathlib import Path
 
+from lorl.errors import UserError
+from lorl.verl.rollout_rows import ONLY_VLLM
 from lorl.verl.values import Lorl, Values
 
 _ACTOR = "actor_rollout_ref.actor"
@@ -68,7 +70,7 @@ def lengths(values: Values) -> Lorl:
         if values[model] < prompt + response:
             needed = f"data.max_prompt_length + data.max_response_length = {prompt + response}"
             values.fail(model, f"shorter than {needed}; raise it, or lower one of them")
-        values.idle("the cache grows with what is sampled", model)
+        values.idle("the engine's longest sequence is a prompt and a response", model)
     return {}
 
 
@@ -87,15 +89,43 @@ def devices(values: Values) -> Lorl:
 
 
 def engine(values: Values) -> Lorl:
-    name = values[f"{_ROLLOUT}.name"]
-    if name == "hf":
-        return {"rollout.engine": "torch"}
-    if name == "vllm":
+    """A script written for vLLM runs where there is none as well: `auto` is then the embedded engine."""
+    name, memory = f"{_ROLLOUT}.name", f"{_ROLLOUT}.gpu_memory_utilization"
+    if values.has(memory):
         values.note(
-            f"{_ROLLOUT}.name=vllm: rollout.engine=auto, which on this machine is the embedded torch engine, on the "
-            "trainer's own weights"
+            f"{values.spelled(memory)}: rollout.memory_fraction={values[memory]}, for the KV cache alone; verl's "
+            "counts the engine's weights too, which here are the trainer's"
         )
-    return {"rollout.engine": "auto"}
+    chosen = {None: "auto", "hf": "torch", "vllm": "vllm"}[values[name]]
+    gpus = values["trainer.n_gpus_per_node"] * values["trainer.nnodes"]
+    if chosen == "vllm" and (lack := _lacks_vllm(gpus)):
+        values.note(f"{values.spelled(name)}: rollout.engine=auto, since {lack}")
+        chosen = "auto"
+    if chosen == "torch" or (chosen == "auto" and values[name]):
+        values.idle(
+            ONLY_VLLM,
+            f"{_ROLLOUT}.max_num_batched_tokens",
+            f"{_ROLLOUT}.enable_prefix_caching",
+            f"{_ROLLOUT}.enforce_eager",
+            f"{_ROLLOUT}.free_cache_engine",
+            f"{_ROLLOUT}.engine_kwargs.vllm.max_loras",
+        )
+    return {"rollout.engine": chosen}
+
+
+def _lacks_vllm(gpus: int) -> str | None:
+    """Why vLLM cannot be the engine here; None: it can."""
+    from lorl.rollout.vllm import versions
+
+    if gpus > 1:
+        return f"lorl's vLLM engine is of one GPU so far, and these are {gpus}"
+    try:
+        versions.check()
+    except UserError:
+        version = versions.installed()
+        known = f"lorl knows {versions.SUPPORTED}"
+        return f"vLLM {version} is installed and {known}" if version else f"vLLM is not installed ({known})"
+    return None
 
 
 def validation(values: Values) -> Lorl:

@@ -21,7 +21,7 @@ _VERLS_ALONE = {
     "veomni": "lorl has no VeOmni",
     "torchtitan": "lorl has no TorchTitan",
     "mindspeed": "lorl has no MindSpeed",
-    "sglang": "lorl has no SGLang engine",
+    "sglang": "lorl has no SGLang engine (docs/engines.md says what one needs)",
     "trtllm": "lorl has no TensorRT-LLM engine",
     "npu": "lorl runs on CUDA and CPU",
     "middle": "lorl cuts prompts at one end",

