@@ -145,6 +145,43 @@ def merge(
 
 
 @app.command()
+def plan(
+    words: _Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs in all; default: parallel.gpus x parallel.nodes")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or b200")] = "h100",
+    gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU, such as 80GB; default: the GPU's own")] = None,
+    bandwidth: Annotated[
+        list[str] | None, typer.Option(help="nvlink=, pcie=, network= or hbm=SIZE a second, such as nvlink=300GB")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="ddp, fsdp, fsdp2, shared, or auto: what fits; default: parallel.strategy")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables")] = False,
+) -> None:
+    """Memory by what holds it, and seconds by phase, before a run starts: lorl plan [FILE.yaml] key=value ...
+
+    Needs the model's shape only: a folder with its config.json, or a name such as qwen2.5-72b. Exit code 2: it does not
+    fit, and the last line says what would.
+    """
+    from lorl import settings
+
+    config = settings.load(*_split(words))
+    from lorl.plan.command import run
+
+    code = run(
+        config,
+        gpus=gpus,
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        bandwidths=bandwidth or [],
+        strategy=strategy,
+        as_json=as_json,
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def doctor() -> None:
     """What this machine has, what lorl will use of it, and the command that brings what is missing."""
     from lorl.doctor import main

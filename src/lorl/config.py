@@ -29,6 +29,14 @@ class ModelConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Keep only the layers' inputs for the backward pass and compute the layers again; auto: in passes "
+        "that would not fit the GPU's memory otherwise",
+    )
+    random_weights: bool = Field(
+        default=False, description="Take only the model's shape from `path`: for measuring speed and memory"
+    )
 
 
 class AdapterConfig(Section):
@@ -67,8 +75,9 @@ class DataConfig(Section):
     prompt_key: str = Field(
         default="prompt", description="Column: chat messages, or text that becomes one user message"
     )
-    answer_key: str = Field(
-        default="answer", description="Column of the truth where there is no reward_model.ground_truth"
+    answer_key: str | None = Field(
+        default="answer",
+        description="Column of the truth where there is no reward_model.ground_truth; null: the reward needs none",
     )
     source_key: str = Field(default="data_source", description="Column that picks the built-in reward")
     system_prompt: str | None = Field(default=None, description="Put before every prompt that has no system message")
@@ -78,8 +87,21 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["auto", "torch"] = Field(
-        default="auto", description="torch: embedded, on the trainer's own weights"
+    engine: Literal["auto", "torch", "vllm"] = Field(
+        default="auto",
+        description="torch: embedded; vllm: in this process, on the same weights; auto: vllm on a GPU that has it",
+    )
+    adapter_mode: Literal["auto", "adapter", "fold"] = Field(
+        default="auto",
+        description="vllm: apply the adapter beside the base, or add it into the base for each rollout and take it out "
+        "exactly; auto: time both once",
+    )
+    adapter_slots: PositiveInt = Field(default=1, description="vllm: adapters that are live at once")
+    enforce_eager: bool = Field(default=False, description="vllm: no CUDA graphs: starts sooner, samples slower")
+    prefix_caching: bool = Field(default=True, description="vllm: keep the KV cache of common beginnings")
+    max_batched_tokens: PositiveInt | None = Field(default=None, description="vllm: tokens in one pass; null: 8192")
+    rest: Literal["auto", "always", "never"] = Field(
+        default="auto", description="vllm: give the KV cache's memory back while the policy trains; auto: if it must"
     )
     n: PositiveInt = Field(default=8, description="Samples a prompt")
     temperature: NonNegativeFloat = 1.0
@@ -90,13 +112,16 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 512
     ignore_eos: bool = Field(default=False, description="Sample on to max_response_tokens: for measuring speed")
     max_concurrent: PositiveInt = Field(default=256, description="Sequences decoded at a time")
-    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.4, description="Share of the device's memory that the KV cache may take"
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Share of the device's memory that the KV cache may take; null: 0.4, or what fits"
     )
     max_mismatch: PositiveFloat | None = Field(
         default=None,
         description="Largest mean |log-probability difference| between engine and trainer before the run stops; "
         "null: 1e-3 in float32, 0.05 in bfloat16",
+    )
+    retries: NonNegativeInt = Field(
+        default=2, description="Times that a failing engine is rebuilt and asked for the missing samples, in a rollout"
     )
 
 
@@ -239,11 +264,21 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """How the work is spread."""
 
-    strategy: Literal["auto", "local"] = Field(default="auto", description="local: this process, one device")
-    gpus: PositiveInt = Field(default=1, description="Of each node")
+    strategy: Literal["auto", "local", "ddp", "fsdp", "fsdp2"] = Field(
+        default="auto",
+        description="local: this process, one device; ddp: the whole base on each GPU; fsdp2: a share of each layer; "
+        "auto: ddp",
+    )
+    gpus: PositiveInt = Field(default=1, description="Of each node; without CUDA it counts processes")
     nodes: PositiveInt = 1
+    shard_size: PositiveInt | None = Field(
+        default=None, description="fsdp2: ranks that hold one copy of the base among them; null: all"
+    )
     microbatch_tokens: PositiveInt = Field(default=8192, description="Packed tokens in one forward and backward pass")
     threads: PositiveInt | None = Field(default=None, description="CPU threads of torch; null: all cores")
+    collective_limit_s: PositiveFloat = Field(
+        default=600.0, description="Time that a rank waits for the others before the run ends and says for whom"
+    )
 
 
 class TrainerConfig(Section):
@@ -284,6 +319,16 @@ class RunSection(Section):
         default=None, description="Folder below run.dir; null: made from model, algorithm and time"
     )
     dir: str = "runs"
+    restarts: NonNegativeInt = Field(
+        default=0,
+        description="Times that a run which crashed, was killed or hangs is started again from its last checkpoint; "
+        "0: never, the run is this process",
+    )
+    step_limit_s: PositiveFloat | None = Field(
+        default=3600.0,
+        description="restarts: a run without a sign of life (a sample, a phase, a step) for so long hangs; choose more "
+        "than a step takes. null: never",
+    )
     project: str = Field(default="lorl", description="What trackers file the run under")
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from vllm_engines import Opened, distance, draw, needs_vllm, opened, run, save_model
 
 from lorl.errors import DivergedError, InfrastructureError
 from lorl.policy.load import TRAINED
@@ -16,6 +15,7 @@ from lorl.policy.policy import Policy
 from lorl.rollout.vllm import slots
 from lorl.rollout.vllm.engine import VllmEngine
 from lorl.rollout.vllm.versions import Inside
+from vllm_engines import Opened, distance, draw, needs_vllm, opened, run, save_model
 
 pytestmark = needs_vllm
 
@@ -130,5 +130,5 @@ def test_answers_that_differ_from_the_trainers(
 
 def test_keys_of_another_version_in_the_prefix_cache(found: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     stale_prefix_cache(monkeypatch, found)
-    with pytest.raises(DivergedError, match="or the prefix cache gave it keys of another version"):
+    with pytest.raises(DivergedError, match="or the prefix cache holds keys of another version"):
         found.publish(version=1)

@@ -5,13 +5,13 @@ from itertools import islice
 
 import pytest
 import torch
-from vllm_engines import Opened, distance, draw, llama, needs_vllm, ordered, requests, resident_bytes, run
 
 from lorl.errors import DivergedError
 from lorl.experience import Completion, Prompt
 from lorl.policy.load import TRAINED
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.torch_engine import TorchEngine
+from vllm_engines import Opened, distance, draw, llama, needs_vllm, ordered, requests, resident_bytes, run
 
 pytestmark = needs_vllm
 __all__ = ["llama"]

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from peft import LoraConfig
-from vllm_engines import Opened, distance, draw, needs_vllm, opened, run, save_model
 
 from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Completion
 from lorl.policy.load import TRAINED
 from lorl.rollout.vllm import slots
+from vllm_engines import Opened, distance, draw, needs_vllm, opened, run, save_model
 
 pytestmark = needs_vllm
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_engines import Opened, addresses, distance, draw, llama, needs_vllm, ordered, requests
 
 from lorl.errors import InfrastructureError
 from lorl.experience import Completion
@@ -17,6 +16,7 @@ from lorl.policy.sharing import Weights, unshared_bytes
 from lorl.rollout.engine import Sampling
 from lorl.rollout.retry import Rollouts
 from lorl.rollout.vllm import loader
+from vllm_engines import Opened, addresses, distance, draw, llama, needs_vllm, ordered, requests
 
 pytestmark = needs_vllm
 __all__ = ["llama"]

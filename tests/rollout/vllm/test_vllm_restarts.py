@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from vllm_engines import needs_vllm, save_model
-
 from lorl_command import metrics, rollouts, run_installed, small_run
+from vllm_engines import needs_vllm, save_model
 
 pytestmark = needs_vllm
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from vllm_engines import Opened, base_parameters, distance, draw, needs_vllm, opened, run, save_model, vllm_config
 
 from lorl.config import ModelConfig
 from lorl.errors import UserError
 from lorl.policy.load import TRAINED
 from lorl.policy.sharing import Weights, bind, empty_model, unshared_bytes
 from lorl.rollout.vllm import launch, versions
+from vllm_engines import Opened, base_parameters, distance, draw, needs_vllm, opened, run, save_model, vllm_config
 
 pytestmark = needs_vllm
 

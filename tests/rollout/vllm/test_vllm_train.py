@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_engines import needs_vllm, save_model
 
 from lorl.rewards.pool import RewardPool
 from lorl.rollout.vllm import versions
 from small_trainer import read_metrics, run, small_config
+from vllm_engines import needs_vllm, save_model
 
 pytest_plugins = ["trainer_fixtures"]
 pytestmark = needs_vllm

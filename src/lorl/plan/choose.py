@@ -1,0 +1,161 @@
+"""A whole plan, the strategy that a run should take, and what to change in one that does not fit. Pure functions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+from lorl.plan.demand import Demand
+from lorl.plan.hardware import Cluster
+from lorl.plan.layout import Layout, Strategy, layouts
+from lorl.plan.memory import Memory, memory
+from lorl.plan.seconds import PhaseSeconds, step_seconds
+
+OFFLOAD = "parallel.param_offload=true"
+_ABOUT = 1.05  # seconds that differ by less are the same: estimates are no better than that
+_FRACTIONS = tuple(percent / 100 for percent in (80, 70, 60, 50, 40, 30, 25, 20, 15, 10, 8, 6, 5, 4, 3, 2, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one run takes in one layout."""
+
+    demand: Demand
+    layout: Layout
+    cluster: Cluster
+    memory: Memory
+    phases: tuple[PhaseSeconds, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.fits
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Settings that make a run fit, as `key=value`, and the plan with them."""
+
+    settings: tuple[str, ...]
+    plan: Plan
+
+
+def make_plan(demand: Demand, layout: Layout, cluster: Cluster) -> Plan:
+    held = memory(demand, layout, cluster)
+    return Plan(demand, layout, cluster, held, step_seconds(demand, layout, cluster, held))
+
+
+def choose(
+    demand: Demand, cluster: Cluster, strategy: Strategy | None = None, offload: bool | None = None
+) -> Plan | None:
+    """The simplest plan that fits and is about as fast as the fastest that does; where none fits, the one that lacks
+    least. Simpler layouts come first in `layouts`.
+
+    `strategy` and `offload` narrow the choice. None: there is no such layout on this cluster.
+    """
+    plans = [make_plan(demand, layout, cluster) for layout in layouts(demand.shape, cluster, strategy, offload)]
+    fitting = [plan for plan in plans if plan.fits]
+    if fitting:
+        fastest = min(plan.seconds for plan in fitting)
+        return next(plan for plan in fitting if plan.seconds <= fastest * _ABOUT)
+    return min(plans, key=lambda plan: plan.memory.shortage, default=None)
+
+
+def smallest_change(demand: Demand, cluster: Cluster, strategy: Strategy | None, offload: bool | None) -> Change | None:
+    """For a run that does not fit: the first single change that helps, or else as few as do together, mild before
+    strong. None: nothing helps.
+
+    No change touches what is computed: smaller micro-batches, recomputation, the cache's rest and size, and then where
+    the base lies.
+    """
+    start = _State(demand, strategy, offload)
+    steps = _steps(start)
+    for step in steps:
+        for edit in step:
+            if (plan := edit.on(start).plan(cluster)) is not None and plan.fits:
+                return Change((edit.setting,), plan)
+    strongest = [step[-1] for step in steps]
+    for count in range(2, len(strongest) + 1):
+        edits = strongest[:count]
+        if _fits(start, edits, cluster):
+            return _mildest(start, edits, steps, cluster)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    demand: Demand
+    strategy: Strategy | None
+    offload: bool | None
+
+    def plan(self, cluster: Cluster) -> Plan | None:
+        return choose(self.demand, cluster, self.strategy, self.offload)
+
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """One change of a run's settings."""
+
+    setting: str
+    on: Callable[[_State], _State]
+
+
+def _steps(start: _State) -> list[list[_Edit]]:
+    """The changes in the order in which they are tried, each with its values from mild to strong."""
+    demand = start.demand
+    halves = [demand.microbatch_tokens >> power for power in range(1, demand.microbatch_tokens.bit_length())]
+    steps = [
+        [_demand_edit("parallel.microbatch_tokens", n, microbatch_tokens=n) for n in halves if n >= demand.longest],
+        [] if demand.recompute is True else [_demand_edit("model.gradient_checkpointing", "true", recompute=True)],
+        [] if demand.rest == "always" else [_demand_edit("rollout.rest", "always", rest="always")],
+        [
+            _demand_edit("rollout.memory_fraction", fraction, memory_fraction=fraction)
+            for fraction in _FRACTIONS
+            if demand.memory_fraction is not None and fraction < demand.memory_fraction
+        ],
+    ]
+    if start.strategy is not None:
+        steps += [[_strategy_edit("fsdp2")], [_strategy_edit("shared")]]
+    if start.offload is False:
+        steps.append([_Edit(OFFLOAD, lambda state: replace(state, strategy="fsdp2", offload=True))])
+    return [step for step in steps if step]
+
+
+def _demand_edit(key: str, value: object, **fields: Any) -> _Edit:
+    return _Edit(f"{key}={value}", lambda state: replace(state, demand=replace(state.demand, **fields)))
+
+
+def _strategy_edit(strategy: Strategy) -> _Edit:
+    return _Edit(f"parallel.strategy={strategy}", lambda state: replace(state, strategy=strategy))
+
+
+def _fits(start: _State, edits: Sequence[_Edit], cluster: Cluster) -> bool:
+    plan = _applied(start, edits).plan(cluster)
+    return plan is not None and plan.fits
+
+
+def _applied(start: _State, edits: Sequence[_Edit]) -> _State:
+    return reduce(lambda state, edit: edit.on(state), edits, start)
+
+
+def _mildest(start: _State, edits: list[_Edit], steps: list[list[_Edit]], cluster: Cluster) -> Change:
+    """Of edits that fit together, without those that are not needed and each no stronger than it must be."""
+    for edit in list(edits):
+        without = [one for one in edits if one is not edit]
+        if _fits(start, without, cluster):
+            edits = without
+    for place, edit in enumerate(edits):
+        step = next(step for step in steps if edit in step)
+        for milder in step:
+            swapped = [*edits[:place], milder, *edits[place + 1 :]]
+            if _fits(start, swapped, cluster):
+                edits = swapped
+                break
+    plan = _applied(start, edits).plan(cluster)
+    assert plan is not None
+    settings = {edit.setting.partition("=")[0]: edit.setting for edit in edits}  # the last strategy is what counts
+    return Change(tuple(settings.values()), plan)

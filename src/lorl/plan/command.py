@@ -1,0 +1,67 @@
+"""`lorl plan`: from a run's configuration and the command line's words to a printed plan."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lorl.errors import UserError, nearest
+from lorl.plan.choose import choose, smallest_change
+from lorl.plan.demand import demand_of
+from lorl.plan.hardware import Cluster, make_cluster
+from lorl.plan.layout import STRATEGIES, Strategy
+from lorl.plan.render import as_dict, as_text
+
+if TYPE_CHECKING:
+    from lorl.config import RunConfig
+
+
+def run(
+    config: "RunConfig",
+    *,
+    gpus: int | None,
+    gpu: str,
+    gpu_memory: str | None,
+    bandwidths: Sequence[str],
+    strategy: str | None,
+    as_json: bool,
+) -> int:
+    """Prints the plan. Returns 0, or 2 where the run does not fit. Raises UserError for words that mean nothing."""
+    nodes = config.parallel.nodes
+    cluster = make_cluster(config.parallel.gpus * nodes if gpus is None else gpus, nodes, gpu, gpu_memory, bandwidths)
+    wanted = _strategy(config.parallel.strategy if strategy is None else strategy)
+    demand, notes = demand_of(config)
+    offload = None if wanted is None else False
+    plan = choose(demand, cluster, wanted, offload)
+    if plan is None:
+        raise UserError(
+            f"--strategy {wanted} spreads the base over the GPUs of a node, and there is one; use ddp, or more --gpus"
+        )
+    change = None if plan.fits else smallest_change(demand, cluster, wanted, offload)
+    notes.append(_utilisation(cluster))
+    if as_json:
+        sys.stdout.write(json.dumps(as_dict(plan, change, notes)) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(as_text(plan, change, notes))
+    return 0 if plan.fits else UserError.exit_code
+
+
+def _strategy(name: str) -> Strategy | None:
+    if name in ("auto", "local"):
+        return None if name == "auto" else "ddp"
+    for strategy in STRATEGIES:
+        if name == strategy:
+            return strategy
+    raise UserError(f"--strategy {name}: {nearest(name, ['auto', *STRATEGIES])}")
+
+
+def _utilisation(cluster: Cluster) -> str:
+    from lorl.plan import measured
+
+    return (
+        f"{cluster.gpu.name} at {measured.TRAINING_SHARE:.0%} of its bfloat16 rate in training, "
+        f"{measured.SCORING_SHARE:.0%} in scoring (measured on an H100 at 1.5B), links at {measured.LINK_SHARE:.0%} "
+        "(not measured)"
+    )

@@ -1,0 +1,131 @@
+"""What a run asks of its devices: the numbers of its configuration that decide memory and time, and nothing else."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from lorl.plan.footprint import Pass
+from lorl.plan.lora import Lora, lora_in, lora_on
+from lorl.plan.shape import KNOWN_TYPES, Shape, find_shape
+
+if TYPE_CHECKING:
+    from lorl.config import RunConfig
+
+MEAN_LENGTH = 0.5  # of prompts and answers, as a share of the longest allowed; rollout.adapter_mode=auto assumes it too
+ENGINE_TOKENS = 8192  # in one pass of vLLM, where rollout.max_batched_tokens does not say
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """One run's work and its memory settings."""
+
+    shape: Shape
+    lora: Lora
+    itemsize: int  # bytes of a base weight
+    learning: int  # adapters with an optimizer: the policy, and a critic
+    frozen: int  # adapters without: a reference, a reward model
+    # of a step
+    prompts: int
+    samples: int  # a prompt
+    prompt_tokens: int  # mean
+    response_tokens: int  # mean
+    longest_prompt: int
+    longest_response: int
+    minibatches: int  # optimizer steps, over all epochs
+    epochs: int
+    critic_epochs: int
+    scorings: int  # passes without gradient over the step's samples: old and reference log-probabilities, values
+    entropy: bool
+    # memory settings
+    microbatch_tokens: int
+    recompute: bool | Literal["auto"]
+    engine: Literal["torch", "vllm"]
+    concurrent: int
+    engine_tokens: int
+    slots: int
+    memory_fraction: float | None
+    rest: Literal["auto", "always", "never"]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample with its prompt."""
+        return self.longest_prompt + self.longest_response
+
+    @property
+    def packed_tokens(self) -> int:
+        """Of a step: every prompt once, every answer in full."""
+        return self.prompts * (self.prompt_tokens + self.samples * self.response_tokens)
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.prompts * self.samples * self.response_tokens
+
+    def microbatch(self, ranks: int) -> int:
+        """Tokens of the largest micro-batch: a sample is never cut, and a rank has no more than its share of a step."""
+        most = self.prompts * (self.longest_prompt + self.samples * self.longest_response)
+        return max(self.longest, min(self.microbatch_tokens, -(-most // ranks)))
+
+    def passes_as(self, *, recompute: bool) -> Pass:
+        return Pass(self.itemsize, eager=self.itemsize != 2, recompute=recompute, entropy=self.entropy)
+
+
+def demand_of(config: "RunConfig") -> tuple[Demand, list[str]]:
+    """The demand of a run on GPUs, and what was assumed on the way, a sentence each.
+
+    Raises:
+        UserError: the model's shape is unknown, the adapter fits it nowhere, or the objective contradicts itself.
+    """
+    from lorl.objective import Objective
+
+    shape, notes = find_shape(config.model.path), list[str]()
+    if shape.model_type not in KNOWN_TYPES:
+        notes.append(f"model_type={shape.model_type} is taken for a llama of its sizes")
+    if config.adapter.dora:
+        notes.append("DoRA's magnitudes and what they keep are not counted")
+    adapter, algorithm, objective = config.adapter, config.algorithm, Objective.of(config)
+    if adapter.path:
+        lora = lora_in(shape, adapter.path)
+    else:
+        lora = lora_on(shape, adapter.rank, adapter.target_modules, adapter.exclude_modules)
+    has_reference = algorithm.kl_coef > 0
+    anchored = has_reference and adapter.path is not None and algorithm.reference == "start"
+    prompts, samples = config.data.prompts_per_step, config.rollout.n
+    mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
+    demand = Demand(
+        shape=shape,
+        lora=lora,
+        itemsize=4 if config.model.dtype == "float32" else 2,
+        learning=1 + objective.needs_critic,
+        frozen=anchored + (config.reward_model.path is not None),
+        prompts=prompts,
+        samples=samples,
+        prompt_tokens=max(1, int(config.data.max_prompt_tokens * MEAN_LENGTH)),
+        response_tokens=max(1, int(mean_response)),
+        longest_prompt=config.data.max_prompt_tokens,
+        longest_response=config.rollout.max_response_tokens,
+        minibatches=algorithm.epochs * (prompts // (algorithm.minibatch_prompts or prompts)),
+        epochs=algorithm.epochs,
+        critic_epochs=config.critic.epochs if objective.needs_critic else 0,
+        scorings=objective.needs_old_logprobs + has_reference + objective.needs_critic,
+        entropy=algorithm.entropy_coef != 0,
+        microbatch_tokens=config.parallel.microbatch_tokens,
+        recompute=config.model.gradient_checkpointing,
+        engine="torch" if config.rollout.engine == "torch" else "vllm",
+        concurrent=config.rollout.max_concurrent,
+        engine_tokens=config.rollout.max_batched_tokens or max(ENGINE_TOKENS, config.rollout.max_concurrent),
+        slots=config.rollout.adapter_slots,
+        memory_fraction=config.rollout.memory_fraction,
+        rest=config.rollout.rest,
+    )
+    lengths = "as long as allowed" if config.rollout.ignore_eos else "half of the longest allowed"
+    notes.append(
+        f"prompts average {demand.prompt_tokens} tokens, half of the longest allowed; "
+        f"answers {demand.response_tokens}, {lengths}"
+    )
+    if demand.engine == "torch":
+        notes.append("the rollout's seconds are vLLM's; rollout.engine=torch is not built for GPUs")
+    return demand, notes
+
+
+def with_mean_lengths(demand: Demand, prompt: int, response: int) -> Demand:
+    """The same run on data whose lengths are known."""
+    return replace(demand, prompt_tokens=prompt, response_tokens=response)

@@ -1,0 +1,132 @@
+"""Bytes that training and sampling hold, from a model's shape: the formulas that the plan and a run's budget share.
+
+What a layer keeps for its backward pass is an enumeration of the tensors that autograd saves: tests/plan compares it
+with what autograd does save. `eager` is torch as it runs on a CPU; otherwise the layers are compiled (a GPU in half
+precision), and the activation function is computed again from what is kept anyway: which tensors the compiler keeps is
+inferred from what an H100's passes took at 1.5B, and holds there to 1% (5% with recomputation).
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from lorl.plan.lora import Lora
+from lorl.plan.shape import Projection, Shape
+from lorl.policy.logprobs import CHUNK_BYTES
+
+MASTER_BYTES = 4  # float32, whatever the base's dtype
+GRADIENT_BYTES = 4
+ADAMW_BYTES = 8  # two float32 moments
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """How a training pass computes."""
+
+    itemsize: int  # bytes of the base's dtype
+    eager: bool
+    recompute: bool  # only the layers' inputs are kept, and a layer is computed again when its gradient is due
+    entropy: bool = False
+    span: int = 0  # tokens of the trees that dense masks are made for (a CPU's attention); 0: none are
+
+    @property
+    def cast(self) -> bool:
+        """Whether float32 masters and norms are cast from and to the base's dtype."""
+        return self.itemsize < MASTER_BYTES
+
+
+def layer_kept_bytes(shape: Shape, adapted: tuple[Projection, ...], rank: int, how: Pass) -> int:
+    """Of one token in one layer with these adapted projections, for the backward pass."""
+    n = how.itemsize
+    norm = 4 if how.eager and how.cast else n  # eagerly, a norm keeps the float32 copy that it works on
+    read = {one.reads for one in adapted}  # inputs of adapted projections, which A's gradient needs
+    hidden = shape.norms * norm + n * (("attention_norm" in read) + ("ffn_norm" in read))
+    queries, keys = 2 * n, 2 * n  # attention's queries and output, its keys and values
+    if how.eager and "attention" in read:
+        queries += n  # the output, laid out anew
+    if shape.qk_norm:
+        queries, keys = queries + norm, keys + norm
+    ffn = n * (2 + how.eager + ("product" in read))  # gate and up, activated gate, product
+    small = len(adapted) * rank * n + 4 * shape.heads + (4 * shape.norms if how.eager else 0)
+    return hidden * shape.hidden + queries * shape.queries + keys * shape.keys + ffn * shape.ffn + how.span * n + small
+
+
+def kept_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:
+    """Of a pass over `tokens` packed tokens, at the end of its forward half."""
+    ends = (4 if how.cast else how.itemsize) * shape.hidden + 2 * shape.head_dim * how.itemsize  # final norm, rotations
+    casts = how.itemsize * lora.parameters if how.cast else 0
+    if how.recompute:
+        return tokens * (shape.layers * shape.hidden * how.itemsize + ends + how.span) + casts
+    kinds = Counter(lora.layers)
+    layers = sum(count * layer_kept_bytes(shape, adapted, lora.rank, how) for adapted, count in kinds.items())
+    return tokens * (layers + ends) + casts
+
+
+def layer_moment_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:
+    """What the backward pass holds at its worst layer, beyond `kept_bytes`: gradients, and a recomputed layer."""
+    gradients = how.itemsize * (2 * shape.ffn + 2 * shape.hidden)
+    again = max(layer_kept_bytes(shape, adapted, lora.rank, how) for adapted in set(lora.layers))
+    return tokens * (gradients + (again if how.recompute else 0))
+
+
+def activation_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:
+    """What a pass holds at its worst layer."""
+    return kept_bytes(shape, lora, tokens, how) + layer_moment_bytes(shape, lora, tokens, how)
+
+
+def head_moment_bytes(shape: Shape, targets: int, how: Pass, device: str) -> int:
+    """What the log-probabilities of `targets` tokens hold at their worst: states, directions, and a chunk's arrays."""
+    row = how.itemsize * shape.vocabulary
+    rows = min(targets, max(1, CHUNK_BYTES[device] // max(row, 1)))
+    wide = 4 if how.eager else how.itemsize
+    arrays = row + (2 + 2 * how.entropy) * wide * shape.vocabulary
+    return rows * arrays + targets * how.itemsize * shape.hidden * (2 + how.entropy)
+
+
+def training_peak_bytes(shape: Shape, lora: Lora, tokens: int, targets: int, how: Pass, device: str) -> int:
+    """The largest that a forward and backward pass over `tokens` packed tokens, `targets` of them sampled, holds beyond
+    base and adapter. The head and the worst layer are never at work together."""
+    moment = max(layer_moment_bytes(shape, lora, tokens, how), head_moment_bytes(shape, targets, how, device))
+    return kept_bytes(shape, lora, tokens, how) + moment
+
+
+def kv_bytes(shape: Shape, itemsize: int, ways: int = 1) -> int:
+    """Keys and values of one token over all layers, on each of `ways` tensor-parallel ranks."""
+    return 2 * shape.layers * math.ceil(shape.kv_heads / ways) * shape.head_dim * itemsize
+
+
+def adapter_bytes(parameters: int, *, learns: bool) -> int:
+    """Masters, and of an adapter that learns gradients and AdamW's moments."""
+    return parameters * (MASTER_BYTES + (GRADIENT_BYTES + ADAMW_BYTES if learns else 0))
+
+
+def slot_bytes(shape: Shape, lora: Lora, itemsize: int, slots: int, ways: int = 1) -> int:
+    """vLLM's adapter slots; there is one for the head too."""
+    head = lora.rank * (shape.hidden + shape.vocabulary // ways)
+    return slots * itemsize * (lora.slot_parameters(ways) + head)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """How large an engine's KV cache is to be. It can be where `smallest <= wanted <= most`."""
+
+    wanted: int
+    most: int
+    rests: bool  # it gives its memory back while the policy trains
+
+
+def kv_cache(*, total: int, room: int, training: int, fraction: float | None, smallest: int, rest: str) -> Cache:
+    """Divides what is left of a device between the KV cache and training.
+
+    Args:
+        total: the device's memory; room: what base, adapters, engine and reserve leave of it.
+        training: the largest forward and backward pass.
+        fraction: `rollout.memory_fraction` of `total` for the cache; None: 0.4, or what fits.
+        smallest: a cache that holds one sample.
+        rest: `rollout.rest`: auto, always or never.
+    """
+    most = room if rest != "never" else room - training
+    wanted = int((0.4 if fraction is None else fraction) * total)
+    if fraction is None:
+        wanted = max(smallest, min(wanted, most))
+    return Cache(wanted, most, rest == "always" or (rest == "auto" and wanted > room - training))

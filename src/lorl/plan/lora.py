@@ -1,0 +1,81 @@
+"""An adapter's size: which projections of which layers it reaches."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorl.errors import UserError, nearest
+from lorl.plan.shape import Projection, Shape
+
+Targets = str | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Rank, and the adapted projections of each layer."""
+
+    rank: int
+    layers: tuple[tuple[Projection, ...], ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.rank * (one.inputs + one.outputs) for layer in self.layers for one in layer)
+
+    def slot_parameters(self, ways: int) -> int:
+        """What each of `ways` tensor-parallel ranks holds of it in vLLM: all of A and its own rows of B where a
+        projection's outputs are split, its own columns of A and all of B where the inputs are."""
+        return sum(
+            self.rank * (one.inputs + one.outputs // ways if one.splits_outputs else one.inputs // ways + one.outputs)
+            for layer in self.layers
+            for one in layer
+        )
+
+
+def lora_on(shape: Shape, rank: int, targets: Targets, exclude: Targets | None = None) -> Lora:
+    """The adapter that peft would attach: 'all-linear', names, or a regular expression over `model.layers.N.NAME`.
+
+    Raises:
+        UserError: a name that no projection of the model has.
+    """
+    leaves = [one.name.rpartition(".")[2] for one in shape.projections]
+    for wanted in [] if isinstance(targets, str) else targets:
+        if wanted.rpartition(".")[2] not in leaves:
+            raise UserError(f"adapter.target_modules: no linear layer is called {wanted!r}; {nearest(wanted, leaves)}")
+    layers = tuple(
+        tuple(
+            one
+            for one in shape.projections
+            if _matches(f"model.layers.{index}.{one.name}", targets)
+            and not (exclude is not None and _matches(f"model.layers.{index}.{one.name}", exclude))
+        )
+        for index in range(shape.layers)
+    )
+    if not any(layers):
+        raise UserError(f"adapter.target_modules={targets!r} matches no linear layer; {nearest(str(targets), leaves)}")
+    return Lora(rank, layers)
+
+
+def lora_in(shape: Shape, folder: str, key: str = "adapter.path") -> Lora:
+    """The adapter of a peft folder. Raises UserError where its adapter_config.json cannot be read."""
+    file = Path(folder).expanduser() / "adapter_config.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return lora_on(shape, int(found["r"]), found["target_modules"], found.get("exclude_modules"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{key}={folder}: {file.name} cannot be read ({error}); name a folder that peft saved"
+        ) from None
+
+
+def _matches(name: str, wanted: Targets) -> bool:
+    if wanted == "all-linear":
+        return True
+    if isinstance(wanted, str):
+        try:
+            return re.fullmatch(wanted, name) is not None or name.endswith(f".{wanted}")
+        except re.error as error:
+            raise UserError(f"adapter.target_modules={wanted!r} is not a regular expression: {error}") from None
+    return any(name == one or name.endswith(f".{one}") for one in wanted)

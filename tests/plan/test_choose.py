@@ -1,0 +1,192 @@
+"""Which strategy a plan takes, what it says of one that does not fit, and that bytes add up."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorl.plan.choose import Plan, choose, make_plan, smallest_change
+from lorl.plan.demand import Demand, demand_of
+from lorl.plan.hardware import GPUS, Cluster
+from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts
+from lorl.plan.memory import ACTIVATIONS
+from lorl.settings import load
+
+EIGHT = Cluster(replace(GPUS["h100"], memory=80 * 10**9), 8)
+
+
+def run_of(*overrides: str) -> Demand:
+    return demand_of(load(None, list(overrides)))[0]
+
+
+def chosen(demand: Demand, cluster: Cluster, strategy: Strategy | None = None) -> Plan:
+    plan = choose(demand, cluster, strategy, None if strategy is None else False)
+    assert plan is not None
+    return plan
+
+
+def test_a_small_model_is_whole_on_each_gpu() -> None:
+    plan = chosen(run_of("model.path=qwen2.5-1.5b"), EIGHT)
+    assert plan.layout == Layout("ddp")
+    assert plan.fits
+
+
+def test_72b_on_eight_gpus_shares_the_engines_shards() -> None:
+    demand = run_of("model.path=qwen2.5-72b")
+    plan = chosen(demand, EIGHT)
+    assert plan.layout == Layout("shared", 8, 8)
+    assert plan.fits
+    assert plan.memory.row("base").training / 1e9 == pytest.approx(18.2, abs=0.1)
+    assert plan.memory.row("engine's own copy of the base").training == 0
+    assert not chosen(demand, EIGHT, "ddp").fits
+
+
+def test_plain_fsdp2_holds_the_base_twice_in_eighths() -> None:
+    demand = run_of("model.path=qwen2.5-72b")
+    held = make_plan(demand, Layout("fsdp2", 8, 8), EIGHT).memory
+    assert held.row("base").sampling == held.row("engine's own copy of the base").sampling
+    whole = make_plan(demand, Layout("ddp"), EIGHT).memory.row("base").sampling
+    assert held.row("base").sampling == pytest.approx(whole / 8, rel=1e-9)
+    offloaded = make_plan(demand, Layout("fsdp2", 8, 8, offload=True), EIGHT).memory
+    assert offloaded.row("base").training == 0
+    assert dict(offloaded.host)["offloaded base"] == whole
+
+
+def test_the_fastest_that_fits_is_chosen() -> None:
+    demand = run_of("model.path=qwen2.5-14b")
+    plan = chosen(demand, EIGHT)
+    others = [make_plan(demand, layout, EIGHT) for layout in layouts(demand.shape, EIGHT)]
+    assert plan.fits
+    assert all(plan.seconds <= 1.05 * other.seconds for other in others if other.fits)
+
+
+def test_layers_are_recomputed_only_where_keeping_them_does_not_fit() -> None:
+    assert not chosen(run_of("model.path=qwen2.5-1.5b"), EIGHT).memory.recompute
+    plan = chosen(run_of("model.path=qwen2.5-72b"), EIGHT)
+    assert plan.memory.recompute
+    assert plan.memory.row(ACTIVATIONS).training == plan.memory.with_recompute < plan.memory.without_recompute
+
+
+ONE = Cluster(GPUS["h100"], 1)
+CASES: list[tuple[list[str], Cluster, Strategy | None, tuple[str, ...]]] = [
+    (
+        ["model.path=qwen2.5-7b", "model.gradient_checkpointing=false", "parallel.microbatch_tokens=16384"],
+        ONE,
+        "ddp",
+        ("parallel.microbatch_tokens=8192",),
+    ),
+    (
+        [
+            "model.path=qwen2.5-32b",
+            "model.gradient_checkpointing=false",
+            "parallel.microbatch_tokens=1536",
+            "rollout.memory_fraction=0.02",
+            "rollout.adapter_slots=1",
+        ],
+        ONE,
+        "ddp",
+        ("model.gradient_checkpointing=true",),
+    ),
+    (
+        [
+            "model.path=qwen2.5-7b",
+            "model.gradient_checkpointing=true",
+            "parallel.microbatch_tokens=2048",
+            "rollout.memory_fraction=0.74",
+            "rollout.rest=never",
+        ],
+        ONE,
+        "ddp",
+        ("rollout.rest=always",),
+    ),
+    (["model.path=qwen2.5-7b", "rollout.memory_fraction=0.9"], ONE, "ddp", ("rollout.memory_fraction=0.7",)),
+    (["model.path=qwen2.5-72b"], EIGHT, "ddp", ("parallel.strategy=fsdp2",)),
+]
+
+
+@pytest.mark.parametrize(("overrides", "cluster", "strategy", "named"), CASES, ids=lambda case: str(case)[:40])
+def test_the_first_setting_that_helps_is_named(
+    overrides: list[str], cluster: Cluster, strategy: Strategy | None, named: tuple[str, ...]
+) -> None:
+    demand = run_of(*overrides)
+    assert not chosen(demand, cluster, strategy).fits
+    change = smallest_change(demand, cluster, strategy, False)
+    assert change is not None
+    assert change.settings == named
+    assert change.plan.fits
+
+
+def test_a_named_setting_of_the_configuration_works_when_it_is_set() -> None:
+    for overrides, cluster, strategy, named in CASES:
+        if not named[0].startswith("parallel.strategy"):
+            assert chosen(run_of(*overrides, *named), cluster, strategy).fits
+
+
+def test_changes_are_combined_where_none_is_enough() -> None:
+    overrides = [
+        "model.path=qwen2.5-32b",
+        "model.gradient_checkpointing=false",
+        "rollout.memory_fraction=0.3",
+        "rollout.rest=never",
+        "data.max_prompt_tokens=512",
+    ]
+    demand = run_of(*overrides)
+    assert not chosen(demand, ONE, "ddp").fits
+    change = smallest_change(demand, ONE, "ddp", False)
+    assert change is not None
+    assert change.plan.fits
+    assert len(change.settings) > 1
+    for left_out in change.settings:
+        rest = [setting for setting in change.settings if setting != left_out]
+        assert not chosen(run_of(*overrides, *rest), ONE, "ddp").fits
+    assert chosen(run_of(*overrides, *change.settings), ONE, "ddp").fits
+
+
+def test_what_nothing_helps_is_said() -> None:
+    assert smallest_change(run_of("model.path=qwen2.5-72b"), ONE, None, None) is None
+
+
+def without_cache(plan: Plan) -> int:
+    return plan.memory.training - plan.memory.row("KV cache").training
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=st.sampled_from(["qwen2.5-0.5b", "qwen2.5-7b", "llama-3.1-70b", "gemma-3-1b"]),
+    strategy=st.sampled_from(STRATEGIES),
+    tokens=st.sampled_from([2048, 8192, 32_768]),
+    gigabytes=st.integers(16, 200),
+    gpus=st.sampled_from([2, 4, 8]),
+    nodes=st.integers(1, 4),
+)
+def test_bytes_add_up_and_more_of_anything_never_takes_less(
+    model: str, strategy: Strategy, tokens: int, gigabytes: int, gpus: int, nodes: int
+) -> None:
+    demand = run_of(f"model.path={model}", f"parallel.microbatch_tokens={tokens}", "data.prompts_per_step=1024")
+    cluster = Cluster(replace(GPUS["h100"], memory=gigabytes * 10**9), gpus, nodes)
+    for layout in layouts(demand.shape, cluster, strategy):
+        plan = make_plan(demand, layout, cluster)
+        held = plan.memory
+        assert all(row.sampling >= 0 and row.training >= 0 for row in held.rows if row.holder != "KV cache")
+        assert held.sampling == sum(row.sampling for row in held.rows)
+        assert held.fits == (held.shortage <= 0 and held.has_cache)
+        assert all(phase.seconds > 0 for phase in plan.phases)
+        larger = make_plan(replace(demand, microbatch_tokens=2 * tokens, recompute=held.recompute), layout, cluster)
+        assert without_cache(larger) >= without_cache(plan)
+
+
+def test_the_objective_decides_which_passes_there_are() -> None:
+    on_policy = run_of("model.path=qwen2.5-7b")
+    assert on_policy.scorings == 0
+    assert [phase.phase for phase in chosen(on_policy, EIGHT).phases] == ["rollout", "update", "publish"]
+    anchored = run_of("model.path=qwen2.5-7b", "algorithm.kl_coef=0.01", "algorithm.epochs=2")
+    assert anchored.scorings == 2
+    ppo = run_of("model.path=qwen2.5-7b", "algorithm.advantage=gae")
+    assert (ppo.learning, ppo.scorings) == (2, 1)
+    seconds = {phase.phase: phase.seconds for phase in chosen(ppo, EIGHT).phases}
+    assert seconds["update"] > 1.9 * next(p.seconds for p in chosen(on_policy, EIGHT).phases if p.phase == "update")
+
+
+def test_a_lone_gpu_has_nobody_to_share_with() -> None:
+    assert choose(run_of("model.path=qwen2.5-7b"), ONE, "shared") is None

@@ -1,0 +1,81 @@
+"""The plan beside what one H100 was seen to take at 1.5B: memory within 10%, and the seconds it was calibrated with."""
+
+import pytest
+
+from lorl.plan import footprint, measured
+from lorl.plan.choose import make_plan
+from lorl.plan.demand import Demand, demand_of, with_mean_lengths
+from lorl.plan.footprint import Pass
+from lorl.plan.hardware import GIB, GPUS, Cluster
+from lorl.plan.layout import Layout
+from lorl.plan.lora import lora_on
+from lorl.plan.seconds import training_operations
+from lorl.plan.shape import find_shape
+from lorl.settings import load
+
+SHAPE = find_shape("qwen2.5-1.5b")
+LORA = lora_on(SHAPE, 32, "all-linear")
+ONE = Cluster(GPUS["h100"], 1)
+
+
+def run_of(*overrides: str) -> Demand:
+    return demand_of(load(None, ["model.path=qwen2.5-1.5b", *overrides]))[0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "eager", "recompute", "gib"),  # docs/performance.md, "The training pass on the GPU": 256 + 512 x 8
+    [
+        (4352, False, False, 12.4),
+        (8704, False, False, 20.8),
+        (17_408, False, False, 37.6),
+        (8704, False, True, 4.7),
+        (8704, True, False, 26.5),
+        (17_408, True, False, 48.8),
+    ],
+)
+def test_training_passes(tokens: int, eager: bool, recompute: bool, gib: float) -> None:
+    how = Pass(2, eager=eager, recompute=recompute)
+    held = footprint.training_peak_bytes(SHAPE, LORA, tokens, tokens * 16 // 17, how, "cuda")
+    base, adapter = SHAPE.parameters * 2, LORA.parameters * (footprint.MASTER_BYTES + footprint.GRADIENT_BYTES)
+    assert (held + base + adapter) / GIB == pytest.approx(gib, rel=0.1)
+
+
+def test_ppo_takes_what_two_more_adapters_take() -> None:
+    """docs/performance.md, "One base for everything": 22.5 GiB with critic and reward model, 21.8 without."""
+    policy, critic, scorer = (footprint.adapter_bytes(LORA.parameters, learns=learns) for learns in (True, True, False))
+    assert policy == critic
+    assert (critic + scorer) / GIB == pytest.approx(22.5 - 21.8, abs=0.1)
+
+
+def test_an_engine_with_the_largest_cache_it_takes_by_itself() -> None:
+    """vLLM at 1.5B beside an idle policy took 36.61 GiB, 0.4 of the device's 79.1 for its cache."""
+    held = make_plan(run_of(), Layout("ddp"), ONE).memory
+    engine = ("base", "engine's adapter slots", "engine's graphs and buffers", "KV cache")
+    assert sum(held.row(holder).sampling for holder in engine) / GIB == pytest.approx(36.61, rel=0.1)
+
+
+def test_passes_take_the_time_that_they_were_calibrated_with() -> None:
+    demand = with_mean_lengths(run_of(), 256, 512)
+    for tokens, gradient, rate, share in (
+        (17_408, True, 50_536, measured.TRAINING_SHARE),
+        (17_408, False, 96_000, measured.SCORING_SHARE),
+    ):
+        operations = tokens * training_operations(demand, gradient=gradient, recompute=False)
+        assert operations / (share * ONE.gpu.flops) == pytest.approx(tokens / rate, rel=0.05)
+    assert pytest.approx(4352 / 23_556, rel=0.01) == 28 * measured.PASS_SECONDS_A_LAYER
+
+
+def test_a_rollout_takes_the_time_that_it_was_calibrated_with() -> None:
+    """docs/performance.md, "vLLM on the trainer's weights": 25,277 tokens/s at batch 256, 256 + 512 tokens, folded."""
+    demand = run_of("data.prompts_per_step=32", "rollout.n=8", "rollout.max_response_tokens=512")
+    plan = make_plan(with_mean_lengths(demand, 256, 512), Layout("ddp"), ONE)
+    seconds = {phase.phase: phase.seconds for phase in plan.phases}
+    assert seconds["rollout"] == pytest.approx(256 * 512 / 25_277, rel=0.05)
+    assert seconds["publish"] == pytest.approx(0.204, rel=0.01)
+
+
+def test_a_pass_that_recomputes_its_layers_takes_as_much_longer_as_it_did() -> None:
+    """docs/performance.md: 335 ms instead of 218 for 8,704 tokens."""
+    demand = with_mean_lengths(run_of(), 256, 512)
+    kept, again = (training_operations(demand, gradient=True, recompute=recompute) for recompute in (False, True))
+    assert again / kept == pytest.approx(335 / 218, rel=0.15)
