@@ -76,7 +76,7 @@ def make_trainer(
 ) -> Trainer:
     """Set up as `lorl.setup.train` sets it up, resuming where the folder says so."""
     folder = stack.enter_context(RunFolder.open(config, settings.to_yaml(config)))
-    worker = local_worker(config, load_tokenizer(config.model))
+    worker = local_worker(config, load_tokenizer(config.model), lambda note: None)
     prompts = prompts_for(config, truths)
     trainer = Trainer(
         config=config,

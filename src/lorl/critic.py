@@ -11,9 +11,10 @@ from lorl.config import OptimConfig, RunConfig
 from lorl.errors import UserError
 from lorl.experience import Experience, Forest, Sampled
 from lorl.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
-from lorl.packing import cut, select
+from lorl.packing import select
+from lorl.parallel.group import Group
 from lorl.parallel.workers import UpdateReport, WorkerState
-from lorl.passes import Means, guarded_step, minibatches, read_tokens
+from lorl.passes import Means, guarded_step, micro_batches, minibatches, read_tokens
 from lorl.policy import adapters
 from lorl.policy.load import TRAINED
 from lorl.policy.policy import Policy
@@ -26,8 +27,9 @@ VALUE_HEAD = "value_head"  # `value_head.weight` [1, hidden] and `value_head.bia
 class Critic:
     """V of the state before each sampled token, and the optimizer that fits it to the returns."""
 
-    def __init__(self, config: RunConfig, policy: Policy) -> None:
+    def __init__(self, config: RunConfig, policy: Policy, group: Group) -> None:
         self._config = config
+        self._group = group
         self._policy = policy
         own = config.critic
         if own.path is not None:
@@ -48,13 +50,13 @@ class Critic:
 
     def values(self, experience: Experience) -> Tensor:
         """float32[M] on the CPU, without gradient."""
-        return read_tokens(experience, self._config.parallel.microbatch_tokens, self._read)
+        return read_tokens(experience, self._config.parallel.microbatch_tokens, self._read, self._group, "values")
 
     def update(self, experience: Experience, step: int, report: UpdateReport) -> None:
         """Optimizer steps towards `experience.returns`; adds the critic's metrics to `report`."""
         assert experience.values is not None
         assert experience.returns is not None
-        torch.manual_seed(stable_seed(self._config.seed, CRITIC, step))  # dropout's draws repeat on resumption
+        torch.manual_seed(stable_seed(self._config.seed, CRITIC, step, self._group.rank))  # dropout's draws repeat
         sums = Means()
         for _ in range(self._config.critic.epochs):
             for sequences in minibatches(experience, self._config.algorithm.minibatch_prompts):
@@ -62,7 +64,7 @@ class Critic:
                     report.skipped = f"critic: {problem}"
         graded = graded_tokens(experience.rewards, experience.layout)
         values, returns = experience.values[graded], experience.returns[graded]
-        report.metrics |= sums.values()
+        report.metrics |= sums.over(self._group)
         if graded.any():
             report.metrics |= {
                 "critic/explained_variance": float(explained_variance(values, returns)),
@@ -104,7 +106,7 @@ class Critic:
         total = 0.0
         self._policy.train_mode(config.adapter.dropout > 0)
         try:
-            for sequences in cut(whole, graded, config.parallel.microbatch_tokens):
+            for sequences in micro_batches(whole, graded, config.parallel.microbatch_tokens, self._group):
                 part = select(whole, sequences)
                 assert part.values is not None
                 assert part.returns is not None
@@ -121,7 +123,14 @@ class Critic:
                     sums.add(f"critic/{name}", found)
         finally:
             self._policy.train_mode(False)
-        norm, problem = guarded_step(self._optimizer, self._parameters.values(), total, config.critic.max_grad_norm)
-        if problem is None:
-            sums.add("critic/grad_norm", norm.reshape(1))
-        return problem
+        taken = guarded_step(
+            self._optimizer,
+            self._parameters.values(),
+            total,
+            config.critic.max_grad_norm,
+            self._group,
+            "critic gradients",
+        )
+        if taken.problem is None:
+            sums.add("critic/grad_norm", taken.norm.reshape(1))
+        return taken.problem

@@ -10,9 +10,10 @@ from lorl.errors import DivergedError
 from lorl.experience import Experience, Forest, Sampled
 from lorl.objective import Objective
 from lorl.optim import learning_rate, make_optimizer
-from lorl.packing import cut, select
+from lorl.packing import select
+from lorl.parallel.group import Group
 from lorl.parallel.workers import UpdateReport
-from lorl.passes import Means, guarded_step, minibatches, read_tokens
+from lorl.passes import Means, guarded_step, micro_batches, minibatches, read_tokens
 from lorl.policy.load import TRAINED
 from lorl.policy.policy import Policy
 from lorl.seeding import stable_seed
@@ -21,11 +22,14 @@ from lorl.seeding import stable_seed
 class PolicyUpdate:
     """The trained adapter's optimizer, and what it descends."""
 
-    def __init__(self, config: RunConfig, objective: Objective, policy: Policy, reference: str | None) -> None:
+    def __init__(
+        self, config: RunConfig, objective: Objective, policy: Policy, reference: str | None, group: Group
+    ) -> None:
         self._config = config
         self._objective = objective
         self._policy = policy
         self._reference = reference
+        self._group = group
         self.parameters = policy.parameters(TRAINED)
         self.optimizer = make_optimizer(self.parameters, config.optim)
 
@@ -37,7 +41,7 @@ class PolicyUpdate:
         rate = learning_rate(step, total_steps, self._config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(stable_seed(self._config.seed, "update", step))  # dropout's draws repeat on resumption
+        torch.manual_seed(stable_seed(self._config.seed, "update", step, self._group.rank))  # dropout's draws repeat
         report = UpdateReport(metrics={})
         sums = Means()
         for epoch in range(self._config.algorithm.epochs):
@@ -46,7 +50,7 @@ class PolicyUpdate:
                 self._prepare(whole, sums, step, epoch, index)
                 if problem := self._minibatch(whole, sums, report, kl_coef):
                     report.skipped = problem
-        report.metrics = sums.values() | {"policy/lr": rate}
+        report.metrics = sums.over(self._group) | {"policy/lr": rate}
         return report
 
     def logprobs(self, experience: Experience, adapter: str | None) -> Tensor:
@@ -56,6 +60,8 @@ class PolicyUpdate:
             experience,
             self._config.parallel.microbatch_tokens,
             lambda forest: self._policy.logprobs(forest.to(device), adapter=adapter, temperature=temperature).logprobs,
+            self._group,
+            "log-probabilities",
         )
 
     def _prepare(self, whole: Experience, sums: Means, step: int, epoch: int, index: int) -> None:
@@ -94,35 +100,40 @@ class PolicyUpdate:
 
     def _minibatch(self, whole: Experience, sums: Means, report: UpdateReport, kl_coef: float) -> str | None:
         """One optimizer step. Returns why it was not taken, or None."""
-        first = report.trained_tokens == 0
+        moving = self._with_gradient(whole)
+        if not moving.numel():
+            return None  # every group's rewards are equal: no gradient, and no step on momentum alone
         totals = Totals.of(whole.layout, _included(whole))
         self.optimizer.zero_grad(set_to_none=True)
-        losses: list[float] = []
+        loss_sum = 0.0
         differences: list[Tensor] = []
         self._policy.train_mode(self._config.adapter.dropout > 0)
         try:
-            for sequences in cut(whole, self._with_gradient(whole), self._config.parallel.microbatch_tokens):
+            for sequences in micro_batches(whole, moving, self._config.parallel.microbatch_tokens, self._group):
                 part = select(whole, sequences)
                 loss, logprobs = self._micro_loss(part, totals, sums, kl_coef)
                 loss.backward()
-                losses.append(float(loss.detach()))
+                loss_sum += float(loss.detach())
                 report.trained_tokens += part.forest.tokens.numel()
                 # Dropout is not a mismatch: what was computed at the step's start had none.
                 own = logprobs if part.old_logprobs is None or self._objective.bypass else part.old_logprobs
                 differences.append((own - part.rollout_logprobs).abs())
         finally:
             self._policy.train_mode(False)
-        if not losses:
-            return None  # every group's rewards are equal: no gradient, and no step on momentum alone
-        if first:
-            self._check_mismatch(torch.cat(differences), report)
-        norm, problem = guarded_step(
-            self.optimizer, self.parameters.values(), sum(losses), self._config.optim.max_grad_norm
+        if report.mismatch is None:
+            self._check_mismatch(torch.cat([torch.empty(0), *differences]), report)
+        taken = guarded_step(
+            self.optimizer,
+            self.parameters.values(),
+            loss_sum,
+            self._config.optim.max_grad_norm,
+            self._group,
+            "policy gradients",
         )
-        if problem is None:
-            sums.add("loss/total", torch.tensor([sum(losses)]))
-            sums.add("policy/grad_norm", norm.reshape(1))
-        return problem
+        if taken.problem is None:
+            sums.add("loss/total", torch.tensor([taken.loss]))
+            sums.add("policy/grad_norm", taken.norm.reshape(1))
+        return taken.problem
 
     def _with_gradient(self, whole: Experience) -> Tensor:
         """Sequences that can move the adapter: without KL or entropy terms, those with an advantage."""
@@ -189,7 +200,9 @@ class PolicyUpdate:
         return self._policy.states(forest, adapter=self._reference)
 
     def _check_mismatch(self, differences: Tensor, report: UpdateReport) -> None:
-        report.mismatch, report.mismatch_max = float(differences.mean()), float(differences.max())
+        found = [float(differences.sum()), differences.numel(), float(differences.max()) if len(differences) else 0.0]
+        sums, counts, largest = zip(*self._group.gather(found, "mismatch"), strict=True)
+        report.mismatch, report.mismatch_max = sum(sums) / sum(counts), max(largest)
         bound = self._config.rollout.max_mismatch or (1e-3 if self._policy.dtype == torch.float32 else 0.05)
         if report.mismatch > bound:
             raise DivergedError(

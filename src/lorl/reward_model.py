@@ -24,6 +24,7 @@ from lorl.errors import UserError
 from lorl.experience import Completion, Outcome, Prompt
 from lorl.optim import learning_rate, make_optimizer
 from lorl.packing import pack
+from lorl.parallel.group import Alone
 from lorl.passes import guarded_step
 from lorl.policy.load import TRAINED, load_policy, load_tokenizer
 from lorl.policy.policy import Policy
@@ -133,9 +134,9 @@ def _fit(policy: Policy, pairs: Sequence[Pair], config: RunConfig, console: Cons
                 loss.backward()
                 mean += float(loss.detach())
             policy.train_mode(False)
-            _, problem = guarded_step(optimizer, parameters.values(), mean, config.optim.max_grad_norm)
-            if problem:
-                console.warn(f"step {step} skipped: {problem}")
+            taken = guarded_step(optimizer, parameters.values(), mean, config.optim.max_grad_norm, Alone(), "gradients")
+            if taken.problem:
+                console.warn(f"step {step} skipped: {taken.problem}")
             advance(1)
     return total, mean
 

@@ -1,16 +1,18 @@
 """One rank: a policy, an engine on its weights, and the optimizers of what learns on its base."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from lorl.config import RunConfig
 from lorl.critic import CRITIC, Critic
-from lorl.errors import UserError
+from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Completion, Experience, Forest
 from lorl.objective import Objective
 from lorl.optim import load_optimizer_tensors, optimizer_tensors
+from lorl.parallel.group import Alone, Group
+from lorl.parallel.split import share_answers
 from lorl.parallel.workers import UpdateReport, WorkerState
 from lorl.passes import read_tokens
 from lorl.policy.load import REFERENCE, TRAINED
@@ -18,19 +20,25 @@ from lorl.policy.policy import Policy
 from lorl.policy.scorers import Scorer, load_scorer
 from lorl.policy_update import PolicyUpdate
 from lorl.rollout.engine import Engine, Request, Sampling
+from lorl.rollout.retry import Rollouts
 
 
 class Worker:
-    """`Workers` in this process, on one device.
+    """`Workers` in this process, on one device: the whole of a run, or a rank of its group.
+
+    A rank is given whole batches, computes its share of each, and ends up with what all of them found. Only `generate`
+    does just what it is asked.
 
     Attributes:
         scorer: the reward model, or None.
     """
 
-    def __init__(self, config: RunConfig, policy: Policy, engine: Engine) -> None:
+    def __init__(self, config: RunConfig, policy: Policy, engine: Engine, group: Group | None = None) -> None:
         self._config = config
+        self._group = group = group or Alone()
         self._policy = policy
         self._engine = engine
+        self._rollouts = Rollouts(engine, config.rollout.retries)
         self._version = 0
         objective = Objective.of(config)
         if config.algorithm.kl_coef > 0 and objective.kl.needs_logits and not policy.plain_head:
@@ -42,16 +50,29 @@ class Worker:
         if config.adapter.path and config.algorithm.reference == "start" and config.algorithm.kl_coef > 0:
             policy.freeze_copy(TRAINED, REFERENCE)
             self._reference = REFERENCE
-        self._update = PolicyUpdate(config, objective, policy, self._reference)
-        self._critic = Critic(config, policy) if objective.needs_critic else None
+        self._update = PolicyUpdate(config, objective, policy, self._reference, group)
+        self._critic = Critic(config, policy, group) if objective.needs_critic else None
         self.scorer: Scorer | None = load_scorer(config, policy) if config.reward_model.path else None
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
-        return self._engine.generate(requests, sampling, adapter=adapter)
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
+    ) -> Generator[Completion]:
+        try:
+            yield from self._rollouts.generate(requests, sampling, adapter=adapter)
+            self._group.drain()
+        finally:
+            self._engine.rest()
 
     def publish(self) -> int:
         self._version += 1
-        self._engine.publish(TRAINED, self._version, self._policy.checksum(TRAINED))
+        checksum = self._policy.checksum(TRAINED)
+        held = self._group.gather(checksum, "adapter checksums")
+        if held != [checksum] * len(held):
+            raise InfrastructureError(
+                f"the ranks' adapters differ after version {self._version - 1}: their checksums are {', '.join(held)}; "
+                "ranks of one run need the same hardware and software"
+            )
+        self._rollouts.publish(TRAINED, self._version, checksum)
         return self._version
 
     @property
@@ -73,7 +94,7 @@ class Worker:
             assert scores.sum_pi_squared is not None
             return torch.stack([scores.logprobs, scores.sum_pi_squared])
 
-        logprobs, squares = read_tokens(experience, self._config.parallel.microbatch_tokens, read)
+        logprobs, squares = self._read(experience, read, "squared probabilities", rows=(2,))
         return logprobs, squares
 
     def full_kl(self, experience: Experience) -> Tensor:
@@ -85,7 +106,7 @@ class Worker:
             assert found is not None
             return found
 
-        return read_tokens(experience, self._config.parallel.microbatch_tokens, read)
+        return self._read(experience, read, "full KL")
 
     def values(self, experience: Experience) -> Tensor:
         if self._critic is None:
@@ -95,7 +116,13 @@ class Worker:
     def score(self, completions: Sequence[Completion]) -> list[float]:
         if self.scorer is None:
             raise ValueError("reward_model.path is not set")
-        return self.scorer.score(completions)
+        mine = share_answers(completions, self._group.rank, self._group.size)
+        scores = torch.zeros(len(completions))
+        if mine:
+            scores[mine] = torch.tensor(self.scorer.score([completions[index] for index in mine]))
+        self._group.drain()
+        self._group.sum_(scores, "scores")
+        return scores.tolist()
 
     def update(self, experience: Experience, *, step: int, total_steps: int, kl_coef: float) -> UpdateReport:
         report = UpdateReport(metrics={})
@@ -103,6 +130,10 @@ class Worker:
             report = self._update.run(experience, step=step, total_steps=total_steps, kl_coef=kl_coef)
         if self._critic is not None:
             self._critic.update(experience, step, report)
+        counts = [report.trained_tokens, self._rollouts.take_rebuilt()]
+        report.trained_tokens, rebuilt = map(sum, zip(*self._group.gather(counts, "counts"), strict=True))
+        if rebuilt:
+            report.metrics["rollout/engine_restarts"] = float(rebuilt)
         return report
 
     def save(self) -> WorkerState:
@@ -131,3 +162,9 @@ class Worker:
 
     def close(self) -> None:
         self._engine.close()
+
+    def _read(
+        self, experience: Experience, read: Callable[[Forest], Tensor], call: str, rows: tuple[int, ...] = ()
+    ) -> Tensor:
+        budget = self._config.parallel.microbatch_tokens
+        return read_tokens(experience, budget, read, self._group, call, rows=rows)

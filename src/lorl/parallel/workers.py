@@ -1,6 +1,6 @@
 """What the trainer asks of the processes that hold the model. It cannot tell one process from many GPUs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,7 +36,9 @@ class Workers(Protocol):
         """The adapter that KL is measured against; None is the base."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
+    ) -> Generator[Completion]:
         """Completions as they finish, from the published adapter or the base."""
         ...
 

@@ -3,6 +3,7 @@
 They find mistakes, not malice. Another version of torch may give others.
 """
 
+import hashlib
 from collections.abc import Mapping
 from functools import cache
 
@@ -26,6 +27,17 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     sums = torch.stack([tensor_checksum(tensor) for _, tensor in ordered]).tolist()
     for (name, tensor), total in zip(ordered, sums, strict=True):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Tells bases apart without reading them whole: names, shapes and the ends of every tensor."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        flat = tensors[name].reshape(-1)
+        ends = torch.cat([flat[:16], flat[-16:]]).float().cpu()
+        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        digest.update(ends.numpy().tobytes())
     return digest.hexdigest()
 
 

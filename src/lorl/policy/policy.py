@@ -1,6 +1,5 @@
 """The policy: one frozen base in memory, named adapters on it, and the quantities that training reads off it."""
 
-import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Forest
 from lorl.policy import adapters, attention
-from lorl.policy.checksums import checksum
+from lorl.policy.checksums import checksum, fingerprint
 from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logprobs
 
 
@@ -46,6 +45,7 @@ class Policy:
         tokenizer, device, dtype: of the base.
         altered: why the base's weights are not its own at present ("adapter 'policy' is folded into them"), or None.
             Whoever writes into them sets it, and nothing reads the base by way of the policy until it is None again.
+        fingerprint: of a base whose tensors are in parts here, set by whoever took them apart; else None.
     """
 
     def __init__(self, peft: PeftModel, tokenizer: PreTrainedTokenizerBase, *, trained: str) -> None:
@@ -64,6 +64,7 @@ class Policy:
         self._learning = {trained}
         self._selected: Any = ...  # nothing yet
         self.altered: str | None = None
+        self.fingerprint: str | None = None
         self.train_mode(False)  # peft makes its dropout layers switched on
 
     @property
@@ -268,13 +269,7 @@ class Policy:
 
     def base_fingerprint(self) -> str:
         """Tells bases apart without reading them whole: names, shapes and the ends of every frozen tensor."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in self.base_tensors().items():
-            flat = tensor.reshape(-1)
-            ends = torch.cat([flat[:16], flat[-16:]]).float().cpu()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(ends.numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.base_tensors()) if self.fingerprint is None else self.fingerprint
 
     def check_packing(self) -> None:
         """Compares a packed pass with transformers' own attention once, at start-up.
