@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pool_helpers import HOSTILE_FILE, SLACK_S, ask, left_behind
+from pool_helpers import HOSTILE_FILE, SLACK_S, ask, children, left_behind
 
 from lorl.config import RewardConfig
 from lorl.errors import UserError
@@ -206,10 +206,10 @@ def test_no_process_outlives_a_killed_trainer() -> None:
 
 def test_ctrl_c_and_a_schedulers_sigterm_leave_workers_grading() -> None:
     with RewardPool(RewardConfig(path=HOSTILE_FILE, deadline_s=30, workers=1)) as pool:
-        (server,) = psutil.Process().children()
+        (server,) = children()
         for process in [server, *server.children()]:
             process.send_signal(signal.SIGINT)
         server.send_signal(signal.SIGTERM)
         assert os.getpgid(server.pid) != os.getpgid(0)
         assert ask(pool, "fine")[0].reward == 1.0
-        assert psutil.Process().children() == [server]
+        assert children() == [server]
