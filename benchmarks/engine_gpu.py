@@ -42,6 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # Qwen2.5's
     "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
             "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
 }  # fmt: skip
+PARTS = ["throughput", "agreement", "folds"]
 GIB = 2**30
 
 
@@ -255,7 +256,16 @@ def engine_part(args: argparse.Namespace, folder: Path) -> None:
     table.add(("start, s", f"{time.perf_counter() - started:.0f}"), *(("note", note) for note in notes))
     table.add(("device memory taken, GiB", f"{(before - free_and_total()[0]) / GIB:.2f}"))
     table.add(*publishing(engine, policy, config, folder))
-    table.add(*throughput(engine, policy, args.batch, args.prompt, args.response))
+    if "throughput" in args.parts:
+        table.add(*throughput(engine, policy, args.batch, args.prompt, args.response))
+    if "agreement" in args.parts:
+        agreement(engine, policy, table)
+    if "folds" in args.parts:
+        table.add(*folding(policy, args.folds))
+    table.show()
+
+
+def agreement(engine: VllmEngine, policy: Policy, table: Table) -> None:
     table.add(("|dlogp| base", difference(engine, policy, None, 1)))
     table.add(("|dlogp| adapter", difference(engine, policy, TRAINED, 2)))
     engine.folds = True
@@ -265,8 +275,6 @@ def engine_part(args: argparse.Namespace, folder: Path) -> None:
         perturb(policy, version)
         engine.publish(TRAINED, version, "")
     table.add(("|dlogp| adapter after 50 publishes", difference(engine, policy, TRAINED, 4)))
-    table.add(*folding(policy, args.folds))
-    table.show()
 
 
 def folding(policy: Policy, folds: int) -> list[tuple[str, str]]:
@@ -310,7 +318,7 @@ def train_part(args: argparse.Namespace, folder: Path) -> None:
     train(config, Console(sys.stdout))
     seconds = time.perf_counter() - started
     print(f"\n{args.shape}, {device_name()}, {args.batch} x ({args.prompt} + {args.response}) tokens, {seconds:.0f} s")
-    keys = ["time/step_s", "time/rollout_s", "time/update_s", "throughput/rollout_tokens_per_s",
+    keys = ["time/step_s", "time/rollout_s", "time/update_s", "time/publish_s", "throughput/rollout_tokens_per_s",
             "throughput/train_tokens_per_s", "memory/peak_gib", "rollout/mismatch"]  # fmt: skip
     for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -332,6 +340,9 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--folds", type=int, default=50)
+    parser.add_argument(
+        "--parts", nargs="+", default=PARTS, choices=PARTS, help="of `engine`, besides publishing; default: all"
+    )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: starts sooner")
     parser.add_argument("--keys", nargs="*", default=[], help="more key=value for the run")
     args = parser.parse_args()

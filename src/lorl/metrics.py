@@ -65,13 +65,23 @@ def of_update(report: UpdateReport, experience: Experience) -> dict[str, float]:
 
 
 def of_machine(
-    *, step_s: float, rollout_s: float, update_s: float, rollout_tokens: int, trained_tokens: int
+    *,
+    step_s: float,
+    rollout_s: float,
+    estimate_s: float,
+    update_s: float,
+    publish_s: float,
+    rollout_tokens: int,
+    trained_tokens: int,
 ) -> dict[str, float]:
-    """Seconds, tokens a second, and memory in GiB."""
+    """Seconds, tokens a second, and memory in GiB. `estimate_s` is from samples to advantages: packing, and the
+    log-probabilities and values that the algorithm reads."""
     values = {
         "time/step_s": step_s,
         "time/rollout_s": rollout_s,
+        "time/estimate_s": estimate_s,
         "time/update_s": update_s,
+        "time/publish_s": publish_s,
         "throughput/rollout_tokens_per_s": rollout_tokens / rollout_s,
         "throughput/train_tokens_per_s": trained_tokens / update_s,
         "memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # the peak; Linux counts KiB

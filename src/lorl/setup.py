@@ -1,9 +1,11 @@
 """From a configuration to a trainer that is ready to run. What is cheap to check comes before what is slow to load."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lorl import settings
 from lorl.config import CriticConfig, DataConfig, RunConfig
@@ -15,6 +17,7 @@ from lorl.evaluation import evaluate as judge
 from lorl.experience import Prompt
 from lorl.objective import Objective
 from lorl.parallel import start
+from lorl.parallel.workers import Workers
 from lorl.policy.load import TRAINED, load_tokenizer
 from lorl.rewards.pool import RewardPool
 from lorl.run_folder import RunFolder
@@ -23,9 +26,16 @@ from lorl.tracking import trackers
 from lorl.tracking.console import Console
 from lorl.trainer import Trainer
 
+StartWorkers = Callable[[RunConfig, PreTrainedTokenizerBase, Callable[[str], None]], Workers]
 
-def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
-    """Runs `config` to its end. Returns the summary, or None when a signal stopped the run and it was saved."""
+
+def train(
+    config: RunConfig, console: Console, start_workers: StartWorkers = start.start_workers
+) -> dict[str, Any] | None:
+    """Runs `config` to its end. Returns the summary, or None when a signal stopped the run and it was saved.
+
+    `start_workers` makes what the trainer talks to, from the configuration, the tokenizer and what tells the user.
+    """
     check(config)
     for text in advice(config):
         console.warn(text)
@@ -46,7 +56,7 @@ def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
         val = val_set.prompts if val_set else []
         pool = _rule(config, [*train_set.prompts, *val], stack)
         with console.phase(f"loading {config.model.path}"):
-            worker = start.start_workers(config, tokenizer, console.info)
+            worker = start_workers(config, tokenizer, console.info)
         stack.callback(worker.close)
         resume_step = None
         trainer = Trainer(

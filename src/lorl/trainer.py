@@ -140,10 +140,12 @@ class Trainer:
             kl_coef=self.kl.coef,
             greedy_rewards=lambda: self.sampler.greedy_rewards(batch.samples),
         )
+        estimated = time.perf_counter()
         report = self.workers.update(experience, step=step, total_steps=self.total_steps, kl_coef=self.kl.coef)
+        updated = time.perf_counter()
         self._check(report)
         self.workers.publish()
-        updated = time.perf_counter()
+        published = time.perf_counter()
         values |= measure.of_update(report, experience)
         values |= self._control_kl(values, len(batch.samples))
         self.folder.write_rollouts(step, [sample.row(step) for sample in batch.drawn])
@@ -155,7 +157,9 @@ class Trainer:
         values |= measure.of_machine(
             step_s=time.perf_counter() - started,
             rollout_s=rolled_out - started,
-            update_s=updated - rolled_out - values.get("time/greedy_s", 0.0),
+            estimate_s=estimated - rolled_out - values.get("time/greedy_s", 0.0),
+            update_s=updated - estimated,
+            publish_s=published - updated,
             rollout_tokens=rollout_tokens,
             trained_tokens=report.trained_tokens,
         )

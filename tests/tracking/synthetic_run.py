@@ -67,7 +67,7 @@ def _metrics(step: int, rng: random.Random) -> dict:
     if step == 0:
         return row
     noise = lambda scale: rng.gauss(0, scale)  # noqa: E731
-    parts = {"time/rollout_s": 5.5 + noise(0.3), "time/reward_s": 0.2, "time/update_s": 3.4 + noise(0.2)}
+    parts = {"time/rollout_s": 5.5 + noise(0.3), "time/estimate_s": 0.2, "time/update_s": 3.4 + noise(0.2)}
     return (
         row
         | parts

@@ -19,6 +19,11 @@ class Sampling:
     max_tokens: int = 512
     ignore_eos: bool = False  # go on to max_tokens whatever the model says: work of a fixed size, for measurements
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -1,5 +1,7 @@
 """Drawing tokens from logits with counted randomness: one uniform number decides one token."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,23 +50,24 @@ def draw(logits: Tensor, row: Tensor | None, uniform: Tensor, sampling: Sampling
         int64[N] tokens, and float32[N] their log-probabilities at the sampling temperature (1 when greedy) before any
         truncation: the quantity that training computes. NaN where the logits are not finite.
     """
-    scores = logits.to(torch.float32, copy=True)
-    if sampling.temperature not in (0, 1):
-        scores /= sampling.temperature
-    top = scores.amax(-1, keepdim=True)
-    row = torch.arange(len(logits), device=logits.device) if row is None else row
-    greedy = scores.argmax(-1)[row] if sampling.temperature == 0 else None
-    weights = scores.sub_(
-        top
-    ).exp_()  # in place: a vocabulary's worth of numbers is read and written as seldom as can be
+    temperature = sampling.temperature or 1.0
+    weights, top = _weigh(logits, temperature)
     sums = _block_sums(weights)
-    if greedy is not None:
-        tokens = greedy
+    if row is not None:
+        top, sums = top[row], sums[row]
+    if sampling.temperature == 0:
+        greedy = logits.argmax(-1)
+        tokens = greedy if row is None else greedy[row]
+    elif sampling.truncates:
+        tokens = inverse_cdf(truncate(weights, sampling), row, uniform)
     else:
-        kept = truncate(weights, sampling)
-        tokens = _inverse_cdf(kept, sums if kept is weights else _block_sums(kept), row, uniform)
-    chosen = logits[row, tokens].double() / (sampling.temperature or 1.0)
-    return tokens, (chosen - top[row, 0] - sums[row].sum(-1).log()).float()
+
+        def entry_weights(entries: Tensor) -> Tensor:  # of few entries anew: so a compiler need not store `weights`
+            return (_entries(logits, row, entries).float() / temperature - top).exp()
+
+        tokens = _inverse_cdf(entry_weights, logits.shape[-1], sums, uniform)
+    chosen = _entries(logits, row, tokens[:, None])[:, 0].double() / temperature
+    return tokens, (chosen - top[:, 0] - sums.sum(-1).log()).float()
 
 
 def truncate(p: Tensor, sampling: Sampling) -> Tensor:
@@ -84,12 +87,49 @@ def truncate(p: Tensor, sampling: Sampling) -> Tensor:
     return p
 
 
-def inverse_cdf(weights: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
+def inverse_cdf(weights: Tensor, row: Tensor | None, uniform: Tensor) -> Tensor:
     """The token at which a row's cumulative weight passes `uniform` times its total.
 
-    float32[B, V], int64[N] rows, float64[N] -> int64[N]. A token of zero weight is never drawn.
+    float32[B, V], int64[N] rows (None: each its own), float64[N] -> int64[N]. A token of zero weight is never drawn.
     """
-    return _inverse_cdf(weights, _block_sums(weights), row, uniform)
+    sums = _block_sums(weights)
+    return _inverse_cdf(
+        lambda entries: _entries(weights, row, entries), weights.shape[-1], sums if row is None else sums[row], uniform
+    )
+
+
+def _inverse_cdf(weights: Callable[[Tensor], Tensor], vocabulary: int, sums: Tensor, uniform: Tensor) -> Tensor:
+    """In two levels, blocks and then entries, summed in float64: a flat float32 cumulative sum of a large vocabulary
+    loses its tail.
+
+    Args:
+        weights: of each draw's given entries, int64[N, _BLOCK] -> float32[N, _BLOCK].
+        sums: float64[N, V / _BLOCK], over the blocks of each draw's distribution.
+    """
+    blocks = sums.cumsum(-1)
+    target = uniform[:, None] * blocks[:, -1:]
+    block = (blocks <= target).sum(-1, keepdim=True).clamp(max=blocks.shape[1] - 1)
+    below = blocks.gather(1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
+    entries = block * _BLOCK + torch.arange(_BLOCK, device=sums.device)
+    inside = weights(entries.clamp(max=vocabulary - 1)).double().where(entries < vocabulary, 0.0)
+    entry = (inside.cumsum(-1) <= (target - below).clamp(min=0)).sum(-1, keepdim=True)
+    last = _BLOCK - 1 - (inside.flip(-1) > 0).int().argmax(-1, keepdim=True)  # rounding never runs past the weight
+    token = block * _BLOCK + torch.minimum(entry, last)
+    return token.squeeze(1).clamp(max=vocabulary - 1)  # rows that are not numbers stay within bounds too
+
+
+def _entries(table: Tensor, row: Tensor | None, entries: Tensor) -> Tensor:
+    """[N, K]: entries int64[N, K] of each draw's row of `table`."""
+    return table.gather(1, entries) if row is None else table[row[:, None], entries]
+
+
+def _weigh(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """float32[B, V] exp(score - top), and float32[B, 1] top, the largest score of each row."""
+    scores = logits.to(torch.float32, copy=True)
+    if temperature != 1:
+        scores /= temperature
+    top = scores.amax(-1, keepdim=True)
+    return scores.sub_(top).exp_(), top  # in place: a vocabulary's worth of numbers is moved as seldom as can be
 
 
 def _block_sums(weights: Tensor) -> Tensor:
@@ -99,19 +139,3 @@ def _block_sums(weights: Tensor) -> Tensor:
     if whole == weights.shape[-1]:
         return sums
     return torch.cat([sums, weights[:, whole:].sum(-1, dtype=torch.float64, keepdim=True)], dim=-1)
-
-
-def _inverse_cdf(weights: Tensor, sums: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
-    """In two levels, blocks and then entries, summed in float64: a flat float32 cumulative sum of a large vocabulary
-    loses its tail."""
-    vocabulary = weights.shape[-1]
-    blocks = sums.cumsum(-1)[row]  # [N, V / _BLOCK]
-    target = uniform * blocks[:, -1]
-    block = torch.searchsorted(blocks, target[:, None], right=True).clamp_(max=blocks.shape[1] - 1)
-    below = blocks.gather(1, (block - 1).clamp_(min=0)).where(block > 0, 0.0)
-    entries = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    inside = weights[row[:, None], entries.clamp(max=vocabulary - 1)].double().where(entries < vocabulary, 0.0)
-    entry = torch.searchsorted(inside.cumsum(-1), (target[:, None] - below).clamp_(min=0), right=True)
-    last = _BLOCK - 1 - (inside.flip(-1) > 0).int().argmax(-1, keepdim=True)  # rounding never runs past the weight
-    token = block * _BLOCK + torch.minimum(entry, last)
-    return token.squeeze(1).clamp_(max=vocabulary - 1)  # rows that are not numbers stay within bounds too

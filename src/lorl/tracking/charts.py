@@ -124,8 +124,9 @@ REWARDS_SHOWN = {"reward/mean", "reward/std", "reward/min", "reward/max"}
 PHASES = (
     ("time/rollout_s", "rollout"),
     ("time/greedy_s", "greedy rollout"),
-    ("time/reward_s", "reward"),
+    ("time/estimate_s", "advantages"),
     ("time/update_s", "update"),
+    ("time/publish_s", "publish"),
 )
 
 
