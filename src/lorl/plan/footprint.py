@@ -76,7 +76,7 @@ def activation_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:
 
 def head_moment_bytes(shape: Shape, targets: int, how: Pass, device: str) -> int:
     """What the log-probabilities of `targets` tokens hold at their worst: states, directions, and a chunk's arrays."""
-    row = how.itemsize * shape.vocabulary
+    row = max(4, how.itemsize) * shape.vocabulary  # `linear_logits`
     rows = min(targets, max(1, CHUNK_BYTES[device] // max(row, 1)))
     wide = 4 if how.eager else how.itemsize
     arrays = row + (2 + 2 * how.entropy) * wide * shape.vocabulary

@@ -42,9 +42,10 @@ class _LinearLogprobs(Function):
         spread = torch.empty_like(hidden) if need_grad and need_entropy else None
         reads: Callable[..., tuple[Any, ...]]
         reads = _compiled_reads() if hidden.is_cuda and hidden.shape[0] >= MIN_COMPILED else _read_logits
-        for rows in _chunks(hidden, weight.shape[0], hidden.element_size()):
+        for rows in _chunks(hidden, weight.shape[0], 4):
             wanted = (need_grad, need_entropy, squares is not None)
-            chosen, p, ent, square, surprise = reads(hidden[rows] @ weight.T, targets[rows], temperature, *wanted)
+            logits = linear_logits(hidden[rows], weight)
+            chosen, p, ent, square, surprise = reads(logits, targets[rows], temperature, hidden.dtype, *wanted)
             logprobs[rows] = chosen
             if square is not None and squares is not None:
                 squares[rows] = square
@@ -66,12 +67,29 @@ class _LinearLogprobs(Function):
         return grad, None, None, None, None, None
 
 
+def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[M, V]: hidden [M, d] times weight [V, d], in float32 on a GPU where the factors are shorter.
+
+    The product sums in float32 anyhow. Rounding a logit of 20 to bfloat16 would move it by up to 0.06, differently in
+    engine and trainer (the float32 head of MiniMax-M1, arXiv 2506.13585, section 3.2; without its price).
+    """
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden @ weight.T
+
+
 def _read_logits(
-    logits: Tensor, targets: Tensor, temperature: float, need_grad: bool, need_entropy: bool, need_squares: bool
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    dtype: torch.dtype,
+    need_grad: bool,
+    need_entropy: bool,
+    need_squares: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Of logits [M, V]: log p of `targets` [M], p [M, V], entropies [M], sum p^2 [M] and p (log p + H) [M, V].
 
-    What isn't needed is None. Arrays of vocabulary width come in the logits' dtype, the others are float32 or wider.
+    What isn't needed is None. Arrays of vocabulary width come in `dtype`, the others are float32 or wider.
     """
     log_p = torch.log_softmax(logits.to(_wide(logits.dtype)) / temperature, dim=-1)
     chosen = log_p.gather(1, targets[:, None]).squeeze(1)
@@ -79,9 +97,9 @@ def _read_logits(
         return chosen, None, None, None, None
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1) if need_entropy else None
-    surprise = (p * (log_p + entropy[:, None])).to(logits.dtype) if need_grad and entropy is not None else None
+    surprise = (p * (log_p + entropy[:, None])).to(dtype) if need_grad and entropy is not None else None
     squares = p.square().sum(-1) if need_squares else None
-    return chosen, p.to(logits.dtype) if need_grad else None, entropy, squares, surprise
+    return chosen, p.to(dtype) if need_grad else None, entropy, squares, surprise
 
 
 @cache
@@ -98,7 +116,7 @@ class _LinearKL(Function):
         toward = torch.empty_like(hidden)
         for rows in _chunks(hidden, weight.shape[0], 4):
             log_p, log_q = (
-                torch.log_softmax((states[rows] @ weight.T).to(divergence.dtype) / temperature, dim=-1)
+                torch.log_softmax(linear_logits(states[rows], weight).to(divergence.dtype) / temperature, dim=-1)
                 for states in (hidden, anchor)
             )
             p, difference = log_p.exp(), log_p - log_q

@@ -13,7 +13,10 @@ from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Forest
 from lorl.policy import adapters, attention
 from lorl.policy.checksums import checksum, fingerprint
-from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logprobs
+from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logits, linear_logprobs
+
+_NOISE = 2.0  # times what two exact attentions differ by in half precision
+_DIFFERENT = 0.3  # relative: attention that leaves something out is off by more, however deep the model
 
 
 @dataclass(slots=True)
@@ -96,8 +99,11 @@ class Policy:
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[M, d] -> [M, vocab], as the model's own forward pass would give them."""
+        """[M, d] -> [M, vocab], as the model's own forward pass would give them, or less rounded."""
         self._check_unaltered()
+        if self.plain_head:
+            weight: Any = self._head.weight
+            return linear_logits(hidden.to(weight.dtype), weight)
         with self._autocast():
             out = self._head(hidden)
         cap = getattr(self.config, "final_logit_softcapping", None)
@@ -290,19 +296,26 @@ class Policy:
             sampled=order[:0],
         )
         with torch.no_grad():
-            packed = self.hidden(attention.ForestAttention(forest), forest.tokens, forest.positions, adapter=None)
-            self._base.set_attn_implementation("eager")
-            try:
-                own = self._decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-            finally:
-                self._base.set_attn_implementation(attention.NAME)
-        scale = own.float().abs().max()
-        error = float((packed[16:].float() - own[8:].float()).abs().max() / scale)
-        if not error < (1e-3 if self.dtype == torch.float32 else 5e-2):
+            packed = self.hidden(attention.ForestAttention(forest), forest.tokens, forest.positions, adapter=None)[16:]
+            own = self._own_hidden(tokens, "eager")[8:]
+            error = _relative(packed, own)
+            bound = 1e-3 if self.dtype == torch.float32 else 5e-2
+            if not error < bound and self.dtype != torch.float32:
+                # Rounding grows with depth: what two of transformers' own attentions differ by is no fault of ours.
+                bound = max(bound, min(_NOISE * _relative(self._own_hidden(tokens, "sdpa")[8:], own), _DIFFERENT))
+        if not error < bound:
             raise UserError(
                 f"{type(self._base).__name__}: packed attention is off from the model's own by {error:.1e} (relative); "
                 "this architecture is not supported."
             )
+
+    def _own_hidden(self, tokens: Tensor, implementation: str) -> Tensor:
+        """Last hidden states [T, d] by one of transformers' own attentions."""
+        self._base.set_attn_implementation(implementation)
+        try:
+            return self._decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+        finally:
+            self._base.set_attn_implementation(attention.NAME)
 
     def _check_unaltered(self) -> None:
         if self.altered:
@@ -313,3 +326,8 @@ class Policy:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest value."""
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())

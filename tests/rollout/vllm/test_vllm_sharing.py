@@ -93,7 +93,7 @@ def test_soft_capped_attention_binds_though_the_trainer_does_not_compute_it(tmp_
         with torch.no_grad():
             assert torch.equal(model(tokens).logits, expected(tokens).logits)
     finally:
-        inside.shut_down()
+        inside.shut_down(resting=False)
 
 
 def test_a_model_that_cannot_be_bound_is_held_twice_and_still_trains(

@@ -16,7 +16,6 @@ from lorl.policy.fold import fold
 from lorl.policy.policy import Policy
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.proof import PublishProof
-from lorl.rollout.sampling import check_finite
 from lorl.rollout.vllm import slots
 from lorl.rollout.vllm.launch import WAITING
 from lorl.rollout.vllm.sampler import CountedSampler
@@ -152,7 +151,7 @@ class VllmEngine:
             return
         self._closed = True
         self._published.clear()
-        self._inside.shut_down()
+        self._inside.shut_down(resting=self._resting)
         # Adapter slots and CUDA graphs go with them: an engine may be built in their place.
         del self._inside, self._sampler
         gc.collect()
@@ -169,6 +168,7 @@ class VllmEngine:
 
     def _adopt(self, inside: Inside) -> None:
         self._inside = inside
+        inside.widen_logits()
         self._sampler = CountedSampler(inside, device=self._policy.device, capacity=self._in_flight)
         self._published: dict[str, _Published] = {}
         self._last_id = 0
@@ -256,7 +256,6 @@ class VllmEngine:
         answers = [output.outputs[0] for output in finished]
         lengths = [(own, len(answer.token_ids)) for (_, _, own), answer in zip(ended, answers, strict=True)]
         tables = self._sampler.take(lengths)
-        check_finite(torch.tensor([value for logprobs in tables for value in logprobs]))
         tokenizer: Any = self._policy.tokenizer
         texts = tokenizer.batch_decode([list(answer.token_ids) for answer in answers], skip_special_tokens=True)
         for (request, index, _), answer, logprobs, text in zip(ended, answers, tables, texts, strict=True):

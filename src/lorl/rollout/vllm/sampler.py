@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from lorl.rollout.engine import Sampling
-from lorl.rollout.sampling import draw, uniforms
+from lorl.rollout.sampling import check_finite, draw, uniforms
 from lorl.rollout.vllm.versions import Inside
 
 logger = logging.get_logger(__name__)
@@ -62,11 +62,14 @@ class CountedSampler:
         self._uniforms[torch.tensor(rows, device=self._device), :count] = numbers.to(self._device)
 
     def take(self, requests: Sequence[tuple[str, int]]) -> list[list[float]]:
-        """The log-probabilities of finished samples given as (request id, tokens); their rows are free again."""
+        """The log-probabilities of finished samples given as (request id, tokens); their rows are free again. Raises
+        DivergedError where one is not a number."""
         rows = [self._slots.pop(request) for request, _ in requests]
-        table = self._logprobs[torch.tensor(rows, device=self._device)].tolist()
+        table = self._logprobs[torch.tensor(rows, device=self._device)].cpu().numpy()
         self._free += rows
-        return [values[:count] for values, (_, count) in zip(table, requests, strict=True)]
+        found = [values[:count] for values, (_, count) in zip(table, requests, strict=True)]
+        check_finite(torch.from_numpy(np.concatenate(found)))
+        return [values.tolist() for values in found]
 
     def end(self) -> None:
         self._slots.clear()

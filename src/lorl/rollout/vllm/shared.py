@@ -52,7 +52,7 @@ def policy_and_engine(
     try:
         return _on_base_of(inside, start, config, model, shape.rank, rests, tokenizer, tell)
     except BaseException:
-        inside.shut_down()
+        inside.shut_down(resting=False)
         raise
 
 

@@ -7,7 +7,7 @@ by counted randomness. So the places are collected here, and a version that nobo
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,33 @@ def prepare(*, cpu: bool) -> None:
         ops._supports_onednn = False
 
 
+_emptied: "list[Any]" = []  # torch ends the process when a pool is destroyed whose memory someone else unmapped
+
+
+def _release_pools(*, mapped: bool) -> None:
+    """Gives back what vLLM's sleeping allocator holds, and has it forget it: `wake_up` would map it again."""
+    import torch
+    from vllm.device_allocator import cumem  # pyright: ignore[reportMissingImports]
+
+    allocator = cumem.CuMemAllocator.get_instance()
+    torch.cuda.synchronize()
+    if mapped:
+        for data in allocator.pointer_to_data.values():
+            cumem.unmap_and_release(data.handle)
+    allocator.pointer_to_data.clear()
+    _emptied.extend(allocator.allocator_and_pools.values())
+    allocator.allocator_and_pools.clear()
+
+
+def _wide_product(product: "Callable[[Tensor, Tensor], Tensor]") -> "Callable[..., Tensor]":
+    def apply(layer: "nn.Module", x: "Tensor", bias: "Tensor | None" = None) -> "Tensor":
+        weight: Any = layer.weight
+        logits = product(x, weight)
+        return logits if bias is None else logits + bias
+
+    return apply
+
+
 @dataclass(frozen=True, slots=True)
 class Inside:
     """The parts of a running vLLM engine that lorl reaches into."""
@@ -125,14 +152,30 @@ class Inside:
     def unregister(self, adapter_id: int) -> None:
         self.adapters.remove_adapter(adapter_id)
 
-    def shut_down(self) -> None:
-        """Ends the engine. On the CPU the KV cache's memory is free after it, whoever still refers to it; on a GPU it
-        belongs to a pool of vLLM's and goes with the last reference."""
+    def widen_logits(self) -> None:
+        """The head's products come in float32 on a GPU, as the trainer's do (`linear_logits`)."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore[reportMissingImports]
+            UnquantizedEmbeddingMethod,
+        )
+
+        from lorl.policy.logprobs import linear_logits
+
+        for module in self.model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedEmbeddingMethod):  # of a head, or of embeddings that are one
+                method.apply = _wide_product(linear_logits)
+
+    def shut_down(self, *, resting: bool) -> None:
+        """Ends the engine. The KV cache's memory is free after it, whoever still refers to it. `resting`: it is asleep,
+        and has given back its memory on a GPU already."""
         caches = self.kv_caches()
+        sleeps = self.engine.vllm_config.model_config.enable_sleep_mode
         self.engine.engine_core.shutdown()
         for cache in caches:
             if cache.device.type == "cpu":
                 cache.untyped_storage().resize_(0)
+        if sleeps:
+            _release_pools(mapped=not resting)
 
     def kv_caches(self) -> "list[Tensor]":
         """Every distinct tensor of the KV cache."""
