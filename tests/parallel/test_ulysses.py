@@ -1,6 +1,9 @@
 """Passes that ranks split among them: the numbers of one process, and a part of the tokens on each rank."""
 
+import importlib.util
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +12,21 @@ import torch
 from comparison import assert_equal_runs
 from test_group import each
 from test_ranks import ALGORITHMS, SHARDED, STEPS, alone, trained
+from test_ray import command
 from torch import Tensor
 
 from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig
+from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Completion, Experience, Outcome, Prompt
 from lorl.packing import pack
 from lorl.parallel.group import Ranks
-from lorl.parallel.ulysses import Ulysses
-from lorl.policy.load import TRAINED, load_policy
+from lorl.parallel.start import start_workers
+from lorl.parallel.ulysses import CALL, Ulysses, exchange
+from lorl.policy.load import TRAINED, load_policy, load_tokenizer
 from lorl.policy.policy import Policy
 from lorl.rewards.pool import RewardPool
+from lorl_command import Forks
 from small_trainer import small_config
 
 __all__ = ["alone"]
@@ -110,11 +117,79 @@ def test_a_split_pass_says_and_teaches_what_a_whole_one_does(
         group.gather("done", "done")
         errors = {name: float((found[name] - value).abs().max()) for name, value in values.items()}
         errors |= {name: float((own[name] - grad).abs().max() / grad.abs().max()) for name, grad in grads.items()}
-        return errors, set(seen)
+        return errors, set(seen), len(policy.states(experience.forest, adapter=TRAINED))
 
-    for errors, seen in each(ranks, tmp_path, work, sequence=ranks):
-        assert seen == {-(-tokens // ranks)}
+    distinct = len(experience.forest.distinct()[0])
+    for errors, seen, read in each(ranks, tmp_path, work, sequence=ranks):
+        assert seen == {-(-tokens // ranks)}  # what a layer got
+        assert read in (distinct // ranks, -(-distinct // ranks))  # and the head
         assert not {name: error for name, error in errors.items() if not error < 1e-5}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])  # gemma2's head is capped, and computed again
+def test_a_rank_without_states_to_read_takes_part(model_type: str, tmp_path: Path) -> None:
+    shape = {} if model_type == "llama" else {"head_dim": 12, "attn_logit_softcapping": None}
+    folder = save_tiny_model(tmp_path / "model", model_type, **shape)
+    experience = pack([Completion(Prompt("p", [7], ""), 0, [5], [0.0], "", "stop", 1)], [Outcome("ok", 0.0)])
+    values, grads = everything(policy_on(folder), experience)
+
+    def work(group: Ranks) -> Any:
+        policy = policy_on(folder)
+        policy.sequence = Ulysses(group.of_part())
+        found, own = everything(policy, experience)
+        for grad in own.values():
+            group.sum_(grad, "gradients")
+        nothing = replace(experience.forest, sampled=experience.forest.sampled[:0])
+        shape = policy.logprobs(nothing, adapter=TRAINED).logprobs.shape
+        group.gather("done", "done")
+        same = [float((found[name] - value).abs().max()) < 1e-5 for name, value in values.items()]
+        return all(same) and all(torch.allclose(own[name], grads[name], atol=1e-5) for name in grads), tuple(shape)
+
+    assert each(2, tmp_path, work, sequence=2) == [(True, (0,))] * 2
+
+
+def test_who_is_missed_in_a_split_pass_has_a_name(tmp_path: Path) -> None:
+    """Rank 3 stops between its forward and its backward pass."""
+    folder, experience = save_tiny_model(tmp_path / "model"), batch(48)
+
+    def work(group: Ranks) -> None:
+        policy = policy_on(folder)
+        policy.sequence = Ulysses(group.of_part())
+        found = policy.logprobs(experience.forest, adapter=TRAINED).logprobs
+        if group.rank == 3:
+            time.sleep(4)
+        found.sum().backward()
+
+    *others, waiting, _ = each(4, tmp_path, work, limit_s=2.0, sequence=2)
+    assert others == [None, None]
+    assert isinstance(waiting, InfrastructureError)
+    assert "rank 2 waited" in str(waiting)
+    assert f"rank 3 did not come, its last was {CALL!r}" in str(waiting)
+
+
+def test_exchanges_are_compiled_with_what_is_around_them(tmp_path: Path) -> None:
+    """In one graph, for passes of any length."""
+
+    def turned(states: Tensor, name: str) -> Tensor:
+        rows = states.cos().unflatten(1, (2, -1)).transpose(0, 1)  # [T / N, d] -> [N, T / N, d / N]
+        whole = exchange(rows.contiguous(), [1, 1], [1, 1], name).flatten(0, 1).sin()
+        return exchange(whole.unflatten(0, (2, -1)), [1, 1], [1, 1], name).transpose(0, 1).flatten(1)
+
+    def work(group: Ranks) -> Any:
+        ranks = group.of_part()
+        Ulysses(ranks)
+        compiled = torch.compile(turned, fullgraph=True, backend="aot_eager")
+        errors = []
+        for tokens in (6, 10, 14):
+            states = torch.randn(tokens, 8, requires_grad=True)
+            torch._dynamo.mark_dynamic(states, 0)
+            (want,) = torch.autograd.grad(states.cos().sin().square().sum(), states)
+            (got,) = torch.autograd.grad(compiled(states, ranks.name).square().sum(), states)
+            errors.append(float((want - got).abs().max()))
+        group.gather("done", "done")
+        return max(errors) < 1e-6, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    assert each(2, tmp_path, work, sequence=2) == [(True, 1)] * 2
 
 
 @pytest.mark.parametrize(
@@ -141,3 +216,36 @@ def test_training_with_split_passes_comes_to_the_numbers_of_one_process(
     spread = ["optim.lr=3e-4", *ALGORITHMS[algorithm], f"parallel.gpus={ranks}", f"parallel.sequence={sequence}", *keys]
     run = trained(small_config(tiny_model, tmp_path, *spread), pool)
     assert_equal_runs(alone(algorithm), run, STEPS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_split_passes_over_ray_train_to_the_numbers_of_one_process(
+    algorithm: str, forks: Forks, tiny_model: Path, tmp_path: Path
+) -> None:
+    keys = ALGORITHMS[algorithm]
+    one = forks.run(*command(tmp_path, tiny_model, *keys, name="one"), cwd=tmp_path)
+    assert one.code == 0, one
+    split = [*keys, "parallel.gpus=2", "parallel.sequence=2"]
+    many = forks.run(*command(tmp_path, tiny_model, *split, name="many"), cwd=tmp_path)
+    assert many.code == 0, many
+    assert "2 ranks on CPU processes, each with the whole base; 2 split each pass" in many.out
+    assert_equal_runs(tmp_path / "runs/one", tmp_path / "runs/many", STEPS)
+
+
+def test_ranks_and_heads_that_a_pass_cannot_be_split_over_are_one_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    def start(model: Path, *keys: str) -> None:
+        config = small_config(model, tmp_path, *keys)
+        start_workers(config, load_tokenizer(config.model), lambda note: None)
+
+    def refusal(model: Path, *keys: str) -> str:
+        with pytest.raises(UserError) as caught:
+            start(model, *keys)
+        return str(caught.value)
+
+    assert "does not divide the number of ranks" in refusal(tiny_model, "parallel.sequence=2")
+    assert refusal(tiny_model, "parallel.gpus=6", "parallel.sequence=4").endswith("; use 1, 2, 3 or 6")
+    assert refusal(tiny_model, "parallel.gpus=6", "parallel.sequence=3").endswith("with 6 ranks use 1 or 2")
+    rotary = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = save_tiny_model(tmp_path / "dynamic", rope_parameters=rotary)
+    assert "(dynamic)" in refusal(model, "parallel.gpus=2", "parallel.sequence=2")
