@@ -274,7 +274,17 @@ class ParallelConfig(Section):
     shard_size: PositiveInt | None = Field(
         default=None, description="fsdp2: ranks that hold one copy of the base among them; null: all"
     )
-    microbatch_tokens: PositiveInt = Field(default=8192, description="Packed tokens in one forward and backward pass")
+    sequence: PositiveInt = Field(
+        default=1,
+        description="Ranks that split each pass by tokens among them and attention by heads (Ulysses): a divisor of "
+        "the number of ranks and of the model's attention heads. With adapter.dropout other tokens drop out than in "
+        "one process",
+    )
+    microbatch_tokens: PositiveInt = Field(
+        default=8192,
+        description="Packed tokens that a rank holds in one forward and backward pass: a pass that parallel.sequence "
+        "ranks split has as many times more",
+    )
     threads: PositiveInt | None = Field(default=None, description="CPU threads of torch; null: all cores")
     collective_limit_s: PositiveFloat = Field(
         default=600.0, description="Time that a rank waits for the others before the run ends and says for whom"

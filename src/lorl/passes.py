@@ -13,9 +13,10 @@ from lorl.parallel.split import share
 
 
 def micro_batches(experience: Experience, sequences: Tensor, budget: int, group: Group) -> Iterator[Tensor]:
-    """This rank's share of `sequences` (int64, ascending), cut into micro-batches of `budget` packed tokens. Ends when
-    all ranks have made their passes, where passes are collective."""
-    yield from cut(experience, share(experience, sequences, group.rank, group.size), budget)
+    """The share of `sequences` (int64, ascending) of this rank's part, cut into micro-batches of `budget` packed tokens
+    a rank. Ends when all ranks have made their passes, where passes are collective."""
+    together = group.size // group.parts  # ranks that split a pass among them
+    yield from cut(experience, share(experience, sequences, group.part, group.parts), together * budget)
     group.drain()
 
 
@@ -31,13 +32,14 @@ def read_tokens(
 ) -> Tensor:
     """float32[*rows, M] on the CPU: what `read` says of the sampled tokens, in micro-batches of `budget` packed tokens.
 
-    `read` maps a forest with m sampled tokens to [*rows, m]. Ranks read a part each, and all get the whole.
+    `read` maps a forest with m sampled tokens to [*rows, m]. Parts read a part each, and all ranks get the whole.
     """
     out = torch.zeros(*rows, experience.layout.num_tokens)
     everything = torch.arange(experience.layout.num_sequences)
     for sequences in micro_batches(experience, everything, budget, group):
         found = read(select(experience, sequences).forest).float().cpu()
-        out[..., torch.isin(experience.layout.sequence, sequences)] = found
+        if group.leads:
+            out[..., torch.isin(experience.layout.sequence, sequences)] = found
     group.sum_(out, call)
     return out
 

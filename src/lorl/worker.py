@@ -116,11 +116,15 @@ class Worker:
     def score(self, completions: Sequence[Completion]) -> list[float]:
         if self.scorer is None:
             raise ValueError("reward_model.path is not set")
-        mine = share_answers(completions, self._group.rank, self._group.size)
+        group, together = self._group, self.scorer.on_policy
+        dealt = (group.part, group.parts) if together else (group.rank, group.size)
+        mine = share_answers(completions, *dealt)
         scores = torch.zeros(len(completions))
         if mine:
-            scores[mine] = torch.tensor(self.scorer.score([completions[index] for index in mine]))
-        self._group.drain()
+            found = torch.tensor(self.scorer.score([completions[index] for index in mine]))
+            if group.leads or not together:
+                scores[mine] = found
+        group.drain()
         self._group.sum_(scores, "scores")
         return scores.tolist()
 
@@ -130,7 +134,7 @@ class Worker:
             report = self._update.run(experience, step=step, total_steps=total_steps, kl_coef=kl_coef)
         if self._critic is not None:
             self._critic.update(experience, step, report)
-        counts = [report.trained_tokens, self._rollouts.take_rebuilt()]
+        counts = [report.trained_tokens * self._group.leads, self._rollouts.take_rebuilt()]
         report.trained_tokens, rebuilt = map(sum, zip(*self._group.gather(counts, "counts"), strict=True))
         if rebuilt:
             report.metrics["rollout/engine_restarts"] = float(rebuilt)

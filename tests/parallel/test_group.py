@@ -18,8 +18,9 @@ from lorl.parallel.group import Alone, Ranks
 LIMIT_S = 2.0
 
 
-def each(size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float = 60.0) -> list[Any]:
-    """What `work` returns, or the error that it raises, in each of `size` ranks; None where a rank died."""
+def each(size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float = 60.0, sequence: int = 1) -> list[Any]:
+    """What `work` returns, or the error that it raises, in each of `size` ranks, `sequence` to a part; None where one
+    died."""
     context = get_context("fork")
     queue = context.SimpleQueue()
 
@@ -28,7 +29,7 @@ def each(size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float =
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = dist.FileStore(str(folder / "store"), size)
         dist.init_process_group("gloo", store=dist.PrefixStore("torch", store), rank=rank, world_size=size)
-        group = Ranks(store, limit_s)
+        group = Ranks(store, limit_s, sequence=sequence)
         try:
             queue.put((rank, work(group)))
         except InfrastructureError as error:

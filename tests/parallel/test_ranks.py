@@ -128,8 +128,11 @@ def test_a_checkpoint_goes_on_with_other_ranks_and_another_strategy(
     assert_equal_runs(alone("ppo"), run, STEPS)
 
 
-def test_dropout_differs_between_ranks_and_repeats(tiny_model: Path, tmp_path: Path, pool: RewardPool) -> None:
-    keys = ["adapter.dropout=0.2", "parallel.gpus=2", "optim.lr=3e-4"]
+@pytest.mark.parametrize("more", [[], ["parallel.sequence=2"]])
+def test_dropout_differs_between_ranks_and_repeats(
+    more: list[str], tiny_model: Path, tmp_path: Path, pool: RewardPool
+) -> None:
+    keys = ["adapter.dropout=0.2", "parallel.gpus=2", "optim.lr=3e-4", *more]
     first = trained(small_config(tiny_model, tmp_path, *keys, name="first"), pool)
     again = trained(small_config(tiny_model, tmp_path, *keys, name="again"), pool)
     assert (first / "checkpoints/step-5/adapter/adapter_model.safetensors").read_bytes() == (
@@ -137,7 +140,7 @@ def test_dropout_differs_between_ranks_and_repeats(tiny_model: Path, tmp_path: P
     ).read_bytes()
 
 
-@pytest.mark.parametrize("keys", [[], SHARDED])
+@pytest.mark.parametrize("keys", [[], SHARDED, ["parallel.gpus=4", "parallel.sequence=2"]])
 def test_answers_are_scored_by_all_ranks(keys: list[str], tiny_model: Path, tmp_path: Path, pool: RewardPool) -> None:
     run = trained(
         small_config(tiny_model, tmp_path, "algorithm.advantage=gae", "critic.lr=1e-2", name="critic"), pool, 1, 1

@@ -176,6 +176,14 @@ def test_bytes_add_up_and_more_of_anything_never_takes_less(
         assert without_cache(larger) >= without_cache(plan)
 
 
+def test_ranks_that_split_a_pass_hold_a_share_of_a_long_sample() -> None:
+    keys = ["model.path=qwen2.5-7b", "data.max_prompt_tokens=1024", "rollout.max_response_tokens=64512"]
+    whole, split = (run_of(*keys, f"parallel.sequence={ranks}") for ranks in (1, 4))
+    assert (whole.microbatch(8), split.microbatch(8)) == (65536, 16384)
+    held, shared = (make_plan(demand, Layout("ddp"), EIGHT).memory.row(ACTIVATIONS) for demand in (whole, split))
+    assert shared.training < held.training / 3
+
+
 def test_the_objective_decides_which_passes_there_are() -> None:
     on_policy = run_of("model.path=qwen2.5-7b")
     assert on_policy.scorings == 0

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from lorl.config import RunConfig
 from lorl.parallel.group import Ranks
 from lorl.parallel.sharding import sharded_policy
+from lorl.parallel.ulysses import Ulysses
 from lorl.policy.load import load_policy
 from lorl.rollout.torch_engine import TorchEngine
 from lorl.rollout.vllm import shared
@@ -33,6 +34,8 @@ def _worker(
         policy = sharded_policy(config, tokenizer, group)
     else:
         policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer)
+    if group is not None and config.parallel.sequence > 1:
+        policy.sequence = Ulysses(group.of_part())
     engine = TorchEngine(
         policy, max_concurrent=config.rollout.max_concurrent, memory_fraction=config.rollout.memory_fraction
     )

@@ -14,15 +14,12 @@ import torch.distributed as dist
 
 from lorl.config import RunConfig
 from lorl.experience import Completion, Experience
-from lorl.parallel.group import Ranks
+from lorl.parallel.group import SPARE_S, Ranks, stores
 from lorl.parallel.local import local_worker
 from lorl.policy.load import load_tokenizer
 from lorl.rollout.engine import Request, Sampling
 
-stores: Any = dist  # where torch's checker does not see them
-
 BATCH_S = 0.1  # completions travel together that finish within so many seconds
-SPARE_S = 60.0  # torch's own time limit ends the process without a word; ours comes first
 
 
 class Rank:
@@ -74,7 +71,7 @@ class Rank:
             timeout=timedelta(seconds=self._limit_s + SPARE_S),
         )
         self._notes: list[str] = []
-        group = Ranks(self._store, self._limit_s)
+        group = Ranks(self._store, self._limit_s, sequence=self._config.parallel.sequence)
         self._worker = local_worker(self._config, load_tokenizer(self._config.model), self._notes.append, group)
         group.gather("loaded", "loading")
         return self._notes

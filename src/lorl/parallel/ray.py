@@ -65,7 +65,8 @@ class RayWorkers:
             )
         kind = "GPUs" if room.cuda else "CPU processes"
         holding = "a share of each layer" if parallel.strategy == "fsdp2" else "the whole base"
-        tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}")
+        together = f"; {parallel.sequence} split each pass" if parallel.sequence > 1 else ""
+        tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}{together}")
         if room.cuda and config.rollout.engine == "auto":
             tell("rollout.engine=auto: several ranks sample with the embedded engine")
         ((host, port),) = self._get([self._ranks[0].listen.remote()], "starting")

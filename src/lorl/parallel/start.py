@@ -9,6 +9,7 @@ from lorl.config import RunConfig
 from lorl.errors import UserError
 from lorl.parallel.cluster import set_environment
 from lorl.parallel.local import local_worker
+from lorl.parallel.ulysses import check_ranks, check_shape
 from lorl.parallel.workers import Workers
 
 
@@ -18,6 +19,7 @@ def check(config: RunConfig) -> None:
     ranks = parallel.gpus * parallel.nodes
     if parallel.strategy == "fsdp":
         raise UserError("parallel.strategy=fsdp: FSDP1 needs flat copies of what it shards; use fsdp2, its successor")
+    check_ranks(config)
     if ranks == 1:
         return
     many = f"parallel.gpus={parallel.gpus} on parallel.nodes={parallel.nodes}"
@@ -40,6 +42,8 @@ def start_workers(config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: C
     check(config)
     if config.parallel.gpus * config.parallel.nodes == 1:
         return local_worker(config, tokenizer, tell)
+    if config.parallel.sequence > 1:
+        check_shape(config)
     set_environment()
     from lorl.parallel.ray import RayWorkers
 

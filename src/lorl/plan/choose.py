@@ -108,8 +108,9 @@ def _steps(start: _State) -> list[list[_Edit]]:
     """The changes in the order in which they are tried, each with its values from mild to strong."""
     demand = start.demand
     halves = [demand.microbatch_tokens >> power for power in range(1, demand.microbatch_tokens.bit_length())]
+    halves = [tokens for tokens in halves if tokens >= demand.longest_share]
     steps = [
-        [_demand_edit("parallel.microbatch_tokens", n, microbatch_tokens=n) for n in halves if n >= demand.longest],
+        [_demand_edit("parallel.microbatch_tokens", n, microbatch_tokens=n) for n in halves],
         [] if demand.recompute is True else [_demand_edit("model.gradient_checkpointing", "true", recompute=True)],
         [] if demand.rest == "always" else [_demand_edit("rollout.rest", "always", rest="always")],
         [

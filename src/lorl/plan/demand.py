@@ -36,7 +36,8 @@ class Demand:
     scorings: int  # passes without gradient over the step's samples: old and reference log-probabilities, values
     entropy: bool
     # memory settings
-    microbatch_tokens: int
+    microbatch_tokens: int  # of a rank
+    sequence: int  # ranks that split a micro-batch
     recompute: bool | Literal["auto"]
     engine: Literal["torch", "vllm"]
     concurrent: int
@@ -59,10 +60,16 @@ class Demand:
     def sampled_tokens(self) -> int:
         return self.prompts * self.samples * self.response_tokens
 
+    @property
+    def longest_share(self) -> int:
+        """Tokens of the longest sample that one rank holds."""
+        return -(-self.longest // self.sequence)
+
     def microbatch(self, ranks: int) -> int:
-        """Tokens of the largest micro-batch: a sample is never cut, and a rank has no more than its share of a step."""
+        """A rank's tokens of the largest micro-batch: it has no more than its share of a step, and samples are only cut
+        into the shares of the ranks that split a pass."""
         most = self.prompts * (self.longest_prompt + self.samples * self.longest_response)
-        return max(self.longest, min(self.microbatch_tokens, -(-most // ranks)))
+        return max(self.longest_share, min(self.microbatch_tokens, -(-most // ranks)))
 
     def passes_as(self, *, recompute: bool) -> Pass:
         return Pass(self.itemsize, eager=self.itemsize != 2, recompute=recompute, entropy=self.entropy)
@@ -108,6 +115,7 @@ def demand_of(config: "RunConfig") -> tuple[Demand, list[str]]:
         scorings=objective.needs_old_logprobs + has_reference + objective.needs_critic,
         entropy=algorithm.entropy_coef != 0,
         microbatch_tokens=config.parallel.microbatch_tokens,
+        sequence=config.parallel.sequence,
         recompute=config.model.gradient_checkpointing,
         engine="torch" if config.rollout.engine == "torch" else "vllm",
         concurrent=config.rollout.max_concurrent,

@@ -30,6 +30,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_shape(config: ModelConfig) -> Any:
+    """The base's transformers configuration, from before any weight is read."""
+    path = resolve(config.path, weights=not config.random_weights)
+    with _model_errors(config):
+        return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
 def load_base(config: ModelConfig) -> PreTrainedModel:
     """The frozen base on its device, with lorl's attention plugged in."""
     path = resolve(config.path, weights=not config.random_weights)

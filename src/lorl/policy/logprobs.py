@@ -186,7 +186,7 @@ def head_logprobs(
         return log_p.gather(1, wanted[:, None]).squeeze(1), entropies
 
     if not len(targets):
-        empty = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
+        empty = hidden.sum(1, dtype=_wide(hidden.dtype))  # a part of the graph, as any other number of them
         return empty, empty if entropy else None
     pieces = [
         checkpoint(chunk, hidden[rows], targets[rows], None if squares is None else squares[rows], use_reentrant=False)

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -29,6 +29,27 @@ class Scores:
     kl: Tensor | None = None  # float32[M], the exact divergence from what `anchor` says
 
 
+class SplitPasses(Protocol):
+    """Training and scoring passes that several ranks make together, each over some of the tokens
+    (`lorl.parallel.ulysses`)."""
+
+    def split(self, forest: Forest) -> tuple[attention.Layout, Tensor, Tensor]:
+        """How this rank's tokens attend, those tokens, and their positions."""
+        ...
+
+    def share(self, count: int) -> slice:
+        """Which of `count` states this rank reads."""
+        ...
+
+    def states(self, hidden: Tensor, at: Tensor) -> Tensor:
+        """This rank's share of the states of tokens `at` of the forest, from what each rank's pass came to."""
+        ...
+
+    def whole(self, values: Tensor, count: int) -> Tensor:
+        """float32[count]: every rank's share, on each."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _ScalarHead:
     """A linear map from hidden states to a number, float32, that belongs to one adapter."""
@@ -48,6 +69,8 @@ class Policy:
         tokenizer, device, dtype: of the base.
         altered: why the base's weights are not its own at present ("adapter 'policy' is folded into them"), or None.
             Whoever writes into them sets it, and nothing reads the base by way of the policy until it is None again.
+        sequence: what splits training and scoring passes over ranks; None in one process. The calls that make them are
+            then collective, and each rank gets the whole result.
         fingerprint: of a base whose tensors are in parts here, set by whoever took them apart; else None.
     """
 
@@ -67,6 +90,7 @@ class Policy:
         self._learning = {trained}
         self._selected: Any = ...  # nothing yet
         self.altered: str | None = None
+        self.sequence: SplitPasses | None = None
         self.fingerprint: str | None = None
         self.train_mode(False)  # peft makes its dropout layers switched on
 
@@ -127,7 +151,7 @@ class Policy:
         """
         states = self.states(forest, adapter=adapter)
         distinct, inverse = forest.distinct()
-        targets = forest.tokens[distinct]
+        targets = forest.tokens[distinct if self.sequence is None else distinct[self.sequence.share(len(distinct))]]
         wanted: dict[str, Any] = {
             "temperature": temperature or 1.0,  # greedy rollouts are scored at temperature 1
             "entropy": entropy,
@@ -139,25 +163,20 @@ class Policy:
         else:
             vocabulary = self.config.get_text_config().vocab_size
             found = head_logprobs(states, self.logits, targets, vocabulary=vocabulary, **wanted)
-        logprobs, entropies = found
-        squares = wanted["squares"]
-        scores = Scores(
-            logprobs[inverse],
-            None if entropies is None else entropies[inverse],
-            None if squares is None else squares[inverse],
-        )
+        kl = None
         if anchor is not None:
             weight = self._head.weight
-            scores.kl = linear_kl(
-                states.to(weight.dtype), anchor.to(weight.dtype), weight, temperature=wanted["temperature"]
-            )[inverse]
-        return scores
+            kl = linear_kl(states.to(weight.dtype), anchor.to(weight.dtype), weight, temperature=wanted["temperature"])
+        logprobs, *others = (
+            None if x is None else self._whole(x, len(distinct))[inverse] for x in (*found, wanted["squares"], kl)
+        )
+        assert logprobs is not None
+        return Scores(logprobs, *others)
 
     def states(self, forest: Forest, *, adapter: str | None) -> Tensor:
-        """[U, d]: the last hidden states that predict the distinct sampled tokens (see `Forest.distinct`)."""
-        layout = attention.ForestAttention(forest)
-        hidden = self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
-        return hidden[forest.previous[forest.distinct()[0]]]
+        """[U, d]: the last hidden states that predict the distinct sampled tokens (see `Forest.distinct`). Where ranks
+        split the pass, this one's share of them."""
+        return self._states_at(forest, forest.previous[forest.distinct()[0]], adapter)
 
     def scalars(self, forest: Forest, at: Tensor, *, adapter: str) -> Tensor:
         """What the adapter's scalar head reads off the hidden states of tokens `at`: int64[K] -> float32[K].
@@ -165,9 +184,8 @@ class Policy:
         A critic's value of the state before a sampled token is read at the token before it,
         `forest.previous[forest.sampled]`, like the log-probability; a reward model's score at an answer's last token.
         """
-        layout = attention.ForestAttention(forest)
-        states = self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)
-        return self._scalar_heads[adapter].module(states[at].float()).squeeze(-1)
+        states = self._states_at(forest, at, adapter)
+        return self._whole(self._scalar_heads[adapter].module(states.float()).squeeze(-1), len(at))
 
     @property
     def plain_head(self) -> bool:
@@ -316,6 +334,16 @@ class Policy:
             return self._decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
         finally:
             self._base.set_attn_implementation(attention.NAME)
+
+    def _states_at(self, forest: Forest, at: Tensor, adapter: str | None) -> Tensor:
+        if self.sequence is None:
+            layout = attention.ForestAttention(forest)
+            return self.hidden(layout, forest.tokens, forest.positions, adapter=adapter)[at]
+        layout, tokens, positions = self.sequence.split(forest)
+        return self.sequence.states(self.hidden(layout, tokens, positions, adapter=adapter), at)
+
+    def _whole(self, values: Tensor, count: int) -> Tensor:
+        return values if self.sequence is None else self.sequence.whole(values, count)
 
     def _check_unaltered(self) -> None:
         if self.altered:

@@ -23,6 +23,7 @@ CARD = "reward_model.json"  # what `lorl train-reward` found, with the fingerpri
 
 class Scorer(Protocol):
     description: str  # what it is and what memory it costs, for people
+    on_policy: bool  # whether its passes are the policy's, which several ranks may make together
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
         """One number an answer; the answers to one prompt are adjacent."""
@@ -42,6 +43,8 @@ def load_scorer(config: RunConfig, policy: Policy) -> Scorer:
 class AdapterScorer:
     """A third adapter: the score is read off the hidden state of the answer's last token."""
 
+    on_policy = True
+
     def __init__(self, config: RunConfig, policy: Policy, folder: Path) -> None:
         key = "reward_model.path"
         tensors = adapters.read_tensors(folder, key)
@@ -55,7 +58,7 @@ class AdapterScorer:
         policy.add_scalar_head(REWARD, SCORE_HEAD)
         policy.load_adapter(REWARD, tensors, f"{key}={str(folder)!r}")
         self._policy = policy
-        self._budget = config.parallel.microbatch_tokens
+        self._budget = config.parallel.microbatch_tokens * config.parallel.sequence
         size = sum(tensor.numel() for tensor in tensors.values()) * 4 / 2**20
         self.description = f"reward model: an adapter of {size:.1f} MiB on the same base"
 
@@ -77,6 +80,8 @@ def score_sequences(policy: Policy, experience: Experience, adapter: str) -> Ten
 
 class ClassifierScorer:
     """A Hugging Face sequence classifier with one output. It reads text, in its own chat template where it has one."""
+
+    on_policy = False
 
     def __init__(self, config: RunConfig, path: str) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer

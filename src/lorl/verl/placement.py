@@ -76,11 +76,12 @@ def lengths(values: Values) -> Lorl:
 
 def devices(values: Values) -> Lorl:
     gpus, nodes = values["trainer.n_gpus_per_node"], values["trainer.nnodes"]
-    for key in (f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ACTOR}.ulysses_sequence_parallel_size"):
+    ways, sequence = f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ACTOR}.ulysses_sequence_parallel_size"
+    for key in (ways, sequence):
         if values.has(key) and (gpus * nodes) % values[key]:
             values.fail(key, f"does not divide the {gpus * nodes} GPUs of {values.spelled('trainer.n_gpus_per_node')}")
-        values.idle("lorl lays out the base and the engine over the GPUs by itself", key)
-    found: Lorl = {"parallel.gpus": gpus, "parallel.nodes": nodes}
+    values.idle("lorl lays out the base and the engine over the GPUs by itself", ways)
+    found: Lorl = {"parallel.gpus": gpus, "parallel.nodes": nodes, "parallel.sequence": values[sequence]}
     tokens = f"{_ACTOR}.ppo_max_token_len_per_gpu"
     if values[f"{_ACTOR}.use_dynamic_bsz"]:
         return found | {"parallel.microbatch_tokens": values[tokens]}

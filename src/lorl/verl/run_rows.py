@@ -54,7 +54,7 @@ CRITIC: tuple[Row, ...] = (
     unused("critic.use_dynamic_bsz", bool, False, PACKED),
     unused("critic.ppo_max_token_len_per_gpu", Count, 32768, PACKED),
     unused("critic.forward_max_token_len_per_gpu", Count, 32768, PACKED),
-    unused("critic.ulysses_sequence_parallel_size", Count, 1, SHARED_BASE),
+    unused("critic.ulysses_sequence_parallel_size", Count, 1, "the critic's passes are split as the actor's are"),
     refused("critic.shuffle", bool, False, "lorl takes mini-batches in the batch's order"),
     unused("critic.model.use_remove_padding", bool, True, "batches are always packed"),
     unused("critic.model.enable_gradient_checkpointing", bool, True, PACKED),
