@@ -74,9 +74,11 @@ def of_machine(
     rollout_tokens: int,
     trained_tokens: int,
 ) -> dict[str, float]:
-    """Seconds, tokens a second, and memory in GiB. `estimate_s` is from samples to advantages: packing, and the
-    log-probabilities and values that the algorithm reads."""
-    values = {
+    """Seconds, tokens a second, and this process's memory in GiB.
+
+    `estimate_s` is from samples to advantages: packing, and the log-probabilities and values that the algorithm reads.
+    """
+    return {
         "time/step_s": step_s,
         "time/rollout_s": rollout_s,
         "time/estimate_s": estimate_s,
@@ -86,6 +88,3 @@ def of_machine(
         "throughput/train_tokens_per_s": trained_tokens / update_s,
         "memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # the peak; Linux counts KiB
     }
-    if torch.cuda.is_available():
-        values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return values

@@ -135,8 +135,12 @@ class Worker:
         if self._critic is not None:
             self._critic.update(experience, step, report)
         counts = [report.trained_tokens * self._group.leads, self._rollouts.take_rebuilt()]
-        report.trained_tokens, rebuilt = map(sum, zip(*self._group.gather(counts, "counts"), strict=True))
-        if rebuilt:
+        found = self._group.gather([*counts, self._peak_gib()], "counts")
+        tokens, rebuilt, peaks = zip(*found, strict=True)
+        report.trained_tokens = sum(tokens)
+        if any(peaks):
+            report.metrics["memory/peak_gib"] = max(peaks)
+        if rebuilt := sum(rebuilt):
             report.metrics["rollout/engine_restarts"] = float(rebuilt)
         return report
 
@@ -166,6 +170,11 @@ class Worker:
 
     def close(self) -> None:
         self._engine.close()
+
+    def _peak_gib(self) -> float:
+        """The most that torch held on this rank's GPU so far; 0 on a CPU."""
+        device = self._policy.device
+        return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
     def _read(
         self, experience: Experience, read: Callable[[Forest], Tensor], call: str, rows: tuple[int, ...] = ()
