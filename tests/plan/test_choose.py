@@ -53,6 +53,19 @@ def test_plain_fsdp2_holds_the_base_twice_in_eighths() -> None:
     assert dict(offloaded.host)["offloaded base"] == whole
 
 
+def test_the_embedded_engine_reads_the_trainers_parts() -> None:
+    held = make_plan(replace(run_of("model.path=qwen2.5-72b"), engine="torch"), Layout("fsdp2", 8), EIGHT).memory
+    assert held.row("engine's own copy of the base").sampling == 0
+
+
+def test_only_layouts_with_an_engine_are_chosen() -> None:
+    demand = run_of("model.path=qwen2.5-72b")
+    plan = choose(demand, EIGHT, engine_on=lambda layout: "torch" if layout == Layout("fsdp", 8, 1) else None)
+    assert plan is not None
+    assert (plan.layout, plan.demand.engine) == (Layout("fsdp", 8, 1), "torch")
+    assert choose(demand, EIGHT, engine_on=lambda _: None) is None
+
+
 def test_the_fastest_that_fits_is_chosen() -> None:
     demand = run_of("model.path=qwen2.5-14b")
     plan = chosen(demand, EIGHT)

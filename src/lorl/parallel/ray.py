@@ -20,6 +20,7 @@ from torch import Tensor
 from lorl.config import RunConfig
 from lorl.errors import DivergedError, InfrastructureError, LorlError, UserError
 from lorl.experience import COMPUTED, Completion, Experience
+from lorl.parallel import auto
 from lorl.parallel.cluster import Cluster
 from lorl.parallel.rank import Rank
 from lorl.parallel.split import share_requests
@@ -63,8 +64,10 @@ class RayWorkers:
                     num_cpus=1, num_gpus=int(room.cuda), max_restarts=0, max_task_retries=0, scheduling_strategy=place
                 ).remote(config, rank, os.getcwd())
             )
+        if parallel.strategy == "auto":
+            config = self._settle(config, tell)
         kind = "GPUs" if room.cuda else "CPU processes"
-        holding = "a share of each layer" if parallel.strategy == "fsdp2" else "the whole base"
+        holding = "a share of each layer" if config.parallel.strategy == "fsdp2" else "the whole base"
         tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}")
         if room.cuda and config.rollout.engine == "auto":
             tell("rollout.engine=auto: several ranks sample with the embedded engine")
@@ -73,6 +76,13 @@ class RayWorkers:
             tell(note)
         cluster.watch()
         (self._reference,) = self._get([self._ranks[0].reference.remote()], "starting")
+
+    def _settle(self, config: RunConfig, tell: Callable[[str], None]) -> RunConfig:
+        """A strategy in place of auto, here and in the ranks."""
+        settled, why = auto.settle(config, self._all("device", doing="starting"))
+        tell(why)
+        self._all("take", settled, doing="starting")
+        return settled
 
     @property
     def reference(self) -> str | None:

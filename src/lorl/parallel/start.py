@@ -2,18 +2,32 @@
 
 import importlib.util
 from collections.abc import Callable
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from lorl.config import RunConfig
 from lorl.errors import UserError
 from lorl.parallel.cluster import set_environment
-from lorl.parallel.local import local_worker
-from lorl.parallel.workers import Workers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorl.parallel.workers import Workers
 
 
 def check(config: RunConfig) -> None:
     """What can be said of parallel.* before anything loads. Raises UserError."""
+    check_combination(config)
+    parallel = config.parallel
+    if parallel.gpus * parallel.nodes > 1 and importlib.util.find_spec("ray") is None:
+        raise UserError(
+            f"parallel.gpus={parallel.gpus} on parallel.nodes={parallel.nodes} needs Ray, which is not installed: "
+            "pip install 'lorl[ray]', or set both to 1"
+        )
+
+
+def check_combination(config: RunConfig) -> None:
+    """What parallel.* says, whatever is installed here: what this lets pass is what `auto` chooses among
+    (`lorl.parallel.auto`). Raises UserError."""
     parallel = config.parallel
     ranks = parallel.gpus * parallel.nodes
     if parallel.strategy == "fsdp":
@@ -31,14 +45,14 @@ def check(config: RunConfig) -> None:
         raise UserError("adapter.dora reads whole weights, and parallel.strategy=fsdp2 keeps parts; use strategy=ddp")
     if config.rollout.engine == "vllm":
         raise UserError(f"rollout.engine=vllm samples in one process so far, and {many} are {ranks}; use engine=torch")
-    if importlib.util.find_spec("ray") is None:
-        raise UserError(f"{many} needs Ray, which is not installed: pip install 'lorl[ray]', or set both to 1")
 
 
-def start_workers(config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> Workers:
+def start_workers(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", tell: Callable[[str], None]) -> "Workers":
     """The workers that `config` asks for. `tell` gets what a user should know. Raises UserError."""
     check(config)
     if config.parallel.gpus * config.parallel.nodes == 1:
+        from lorl.parallel.local import local_worker
+
         return local_worker(config, tokenizer, tell)
     set_environment()
     from lorl.parallel.ray import RayWorkers

@@ -135,7 +135,8 @@ def _base_bytes(demand: Demand, layout: Layout) -> tuple[int, int]:
     whole = demand.shape.parameters * demand.itemsize
     if layout.strategy in ("ddp", "shared"):
         return -(-whole // layout.shard), 0
-    return 0 if layout.offload else -(-whole // layout.shard), -(-whole // layout.engine)
+    copy = -(-whole // layout.engine) if demand.engine == "vllm" else 0  # the embedded engine reads the trainer's
+    return 0 if layout.offload else -(-whole // layout.shard), copy
 
 
 def _worst_moment(demand: Demand, layout: Layout, tokens: int, how: footprint.Pass) -> tuple[int, int, int]:
