@@ -19,11 +19,12 @@ def test_a_plan_is_read_off_a_config_json_alone(forks: Forks, tmp_path: Path) ->
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(BUILT_IN["qwen2.5-72b"]))
-    by_folder = forks.run("plan", f"model.path={folder}", *EIGHT, "--json", cwd=tmp_path)
-    by_name = forks.run("plan", "model.path=qwen2.5-72b", *EIGHT, "--json", cwd=tmp_path)
+    words = (*EIGHT, "--strategy", "shared", "--json")
+    by_folder = forks.run("plan", f"model.path={folder}", *words, cwd=tmp_path)
+    by_name = forks.run("plan", "model.path=qwen2.5-72b", *words, cwd=tmp_path)
     assert (by_folder.code, by_folder.out) == (0, by_name.out)
     found = json.loads(by_folder.out)
-    assert (found["fits"], found["change"]) == (True, None)
+    assert (found["strategy"], found["fits"], found["change"]) == ("shared", True, None)
     assert found["bytes"]["base"]["training"] == -(-72_706_203_648 * 2 // found["shard"])
     assert found["training_bytes"] == sum(held["training"] for held in found["bytes"].values()) <= found["gpu_bytes"]
     assert found["seconds_a_step"] == pytest.approx(sum(found["seconds"].values()))
