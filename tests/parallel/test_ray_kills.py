@@ -150,7 +150,7 @@ LONGEST_S = {"rollout": 0.06, "log-probabilities": 0.015, "update": 0.06, "save"
 
 @pytest.mark.slow
 def test_kills_all_over_each_phase(forks: Forks, tiny_model: Path, tmp_path: Path) -> None:
-    """Four moments of each phase, each rank in turn: to the byte what two ranks come to that nobody kills. And once with
+    """Four moments of each phase, each rank in turn: to the byte what two ranks come to that nobody kills. Once with
     nobody to restart it, on the rank that is left."""
     moments = [(phase, i, LONGEST_S[phase] * i / 4) for i in range(4) for phase in PHASES]
     hit, run = killed(forks, tiny_model, tmp_path, moments)
