@@ -2,16 +2,14 @@
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from lorl.config import RunConfig
 from lorl.errors import UserError
 from lorl.parallel.cluster import set_environment
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lorl.parallel.workers import Workers
+from lorl.parallel.local import local_worker
+from lorl.parallel.workers import Workers
 
 
 def check(config: RunConfig) -> None:
@@ -47,12 +45,10 @@ def check_combination(config: RunConfig) -> None:
         raise UserError(f"rollout.engine=vllm samples in one process so far, and {many} are {ranks}; use engine=torch")
 
 
-def start_workers(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", tell: Callable[[str], None]) -> "Workers":
+def start_workers(config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> Workers:
     """The workers that `config` asks for. `tell` gets what a user should know. Raises UserError."""
     check(config)
     if config.parallel.gpus * config.parallel.nodes == 1:
-        from lorl.parallel.local import local_worker
-
         return local_worker(config, tokenizer, tell)
     set_environment()
     from lorl.parallel.ray import RayWorkers
