@@ -66,8 +66,9 @@ class RayWorkers:
             )
         if parallel.strategy == "auto":
             config = self._settle(config, tell)
+            parallel = config.parallel
         kind = "GPUs" if room.cuda else "CPU processes"
-        holding = "a share of each layer" if config.parallel.strategy == "fsdp2" else "the whole base"
+        holding = "a share of each layer" if parallel.strategy == "fsdp2" else "the whole base"
         tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}")
         if room.cuda and config.rollout.engine == "auto":
             tell("rollout.engine=auto: several ranks sample with the embedded engine")

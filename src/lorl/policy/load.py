@@ -3,14 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lorl.config import AdapterConfig, ModelConfig
@@ -37,7 +30,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_shape(config: ModelConfig) -> PretrainedConfig:
+def load_shape(config: ModelConfig) -> Any:
     """transformers' configuration of `config.path`, without a weight."""
     path = resolve(config.path, weights=not config.random_weights)
     with _model_errors(config):
