@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorl import settings
+from lorl.config import RunConfig
+from lorl.parallel.auto import engine_on
 from lorl.plan import measured
 from lorl.plan.choose import Plan, choose, make_plan
 from lorl.plan.demand import Demand, demand_of, with_mean_lengths
@@ -51,8 +53,9 @@ GPUS_A_NODE = 8
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS, LONGEST = 128, 8, 256, 512, 1024
 
 
-def reference() -> tuple[Demand, Cluster]:
-    return demand_of(translate(REFERENCE).config)[0], make_cluster(8, 1, "h100", "80GB")
+def reference() -> tuple[RunConfig, Demand, Cluster]:
+    config = translate([*REFERENCE, "+lorl.rollout.engine=auto"]).config  # whether vLLM is installed here or not
+    return config, demand_of(config)[0], make_cluster(8, 1, "h100", "80GB")
 
 
 def markdown() -> str:
@@ -70,7 +73,7 @@ def markdown() -> str:
 
 
 def _reference_run() -> Iterator[str]:
-    demand, cluster = reference()
+    config, demand, cluster = reference()
     layouts = [
         Layout("shared", 8, 8),
         Layout("shared", 4, 4),
@@ -79,16 +82,19 @@ def _reference_run() -> Iterator[str]:
         Layout("ddp"),
     ]
     plans = [make_plan(demand, layout, cluster) for layout in layouts]
-    chosen = choose(demand, cluster)
+    chosen = choose(demand, cluster, engine_on=engine_on(config))
     assert chosen is not None
     yield "## Qwen2.5-72B on 8 x 80 GB"
     yield _prose(
         f"""verl's reference run ({demand.prompts} prompts x {demand.samples}, rank {demand.lora.rank}, 0.4 of the
         memory for the KV cache), read by `lorl.verl` and planned on 8 H100 of 80 GB ({cluster.gpu.memory / GIB:.1f}
         GiB), in GiB a GPU while sampling / while training. verl samples it with tensor parallelism over 8, as the
-        first column does; `auto` takes {chosen.layout.name}."""
+        first column does; parallel.strategy=auto takes {chosen.layout.name}, with
+        rollout.engine={chosen.demand.engine}. The same command line trains on 8 CPU processes with the model cut to 4
+        narrow layers: `python benchmarks/reference_run.py`."""
     )
-    yield _reference_table(plans)
+    extra = [] if chosen.layout in layouts else [chosen]
+    yield _reference_table([*plans, *extra])
     yield _prose(
         """"shared" is the trainer on the engine's tensor-parallel shards; fsdp (FSDP1) takes what fsdp2 takes.
         Activations are those of recomputed layers: kept, they would take """

@@ -186,6 +186,7 @@ def test_a_mistake_costs_one_sentence(forks: Forks, tiny_model: Path, tmp_path: 
         (["algorithm.kl_in=reward", "algorithm.kl_coef=0.001", "algorithm.advantage=gae", "critic.epochs=2"], None),
         (["algorithm.kl_coef=0.001"], None),
         (["critic.epochs=2"], "critic.* has no effect"),
+        (["parallel.nodes=2"], "neither encrypted nor authenticated"),
         (["adapter.rank=128", "data.prompts_per_step=128"], "adapter.rank=128"),
         (["adapter.rank=128", "data.prompts_per_step=128", "algorithm.minibatch_prompts=64"], None),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from lorl import settings
+from lorl import schema, settings
 from lorl.algorithms.names import ADVANTAGES, ALIASES, KL_ESTIMATORS, POLICY_LOSSES
 from lorl.config import RunConfig
 from lorl.errors import UserError
@@ -93,12 +93,12 @@ def test_every_key_takes_its_default_in_every_spelling(row):
 
 
 def test_every_name_of_verl_is_one_of_lorls():
-    estimators = settings.options(ROWS["algorithm.adv_estimator"].type)
+    estimators = schema.options(ROWS["algorithm.adv_estimator"].type)
     for name in estimators:
         assert config(f"algorithm.adv_estimator={name}").algorithm.advantage in ADVANTAGES
-    for name in settings.options(ROWS[f"{ACTOR}.policy_loss.loss_mode"].type):
+    for name in schema.options(ROWS[f"{ACTOR}.policy_loss.loss_mode"].type):
         assert config(f"{ACTOR}.policy_loss.loss_mode={name}").algorithm.policy_loss in POLICY_LOSSES
-    for name in settings.options(ROWS["algorithm.kl_penalty"].type):
+    for name in schema.options(ROWS["algorithm.kl_penalty"].type):
         found = config(f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_type={name}").algorithm.kl_estimator
         assert ALIASES.get(found.removesuffix("+"), found.removesuffix("+")) in KL_ESTIMATORS
         assert found.endswith("+") == name.endswith("+")

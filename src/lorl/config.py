@@ -267,7 +267,7 @@ class ParallelConfig(Section):
     strategy: Literal["auto", "local", "ddp", "fsdp", "fsdp2"] = Field(
         default="auto",
         description="local: this process, one device; ddp: the whole base on each GPU; fsdp2: a share of each layer; "
-        "auto: ddp",
+        "auto: what the plan finds for the memory there is",
     )
     gpus: PositiveInt = Field(default=1, description="Of each node; without CUDA it counts processes")
     nodes: PositiveInt = 1

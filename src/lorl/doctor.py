@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lorl.config import RunConfig
+from lorl.environment import cgroup_number
 from lorl.policy.fetch import cache_dir
 from lorl.rollout.vllm import versions
 from lorl.tracking.console import Console
@@ -136,7 +137,7 @@ def _threads() -> Check:
 
 def _memory() -> Check:
     machine = psutil.virtual_memory()
-    limit = _cgroup_number("memory.max")
+    limit = cgroup_number("memory.max")
     total, free = machine.total / GIB, machine.available / GIB
     detail = f"{free:.1f} of {total:.1f} GiB available"
     if limit is not None and limit < machine.total:
@@ -241,11 +242,4 @@ def _cgroup_cpus() -> float | None:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(quota) / int(period)
     except (OSError, ValueError):  # no cgroup v2, or "max"
-        return None
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
-    except (OSError, ValueError):
         return None

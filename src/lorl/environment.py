@@ -43,6 +43,20 @@ def describe(argv: Sequence[str], folder: Path) -> dict[str, Any]:
     }
 
 
+def free_memory() -> int:
+    """Bytes of the host's memory that can still be had; at most this container's limit, where it has one."""
+    free, limit = psutil.virtual_memory().available, cgroup_number("memory.max")
+    return free if limit is None else min(free, limit)
+
+
+def cgroup_number(name: str) -> int | None:
+    """A figure of this process's cgroup (v2); None where there is none, or no limit."""
+    try:
+        return int((Path("/sys/fs/cgroup") / name).read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def git_state(folder: Path) -> dict[str, Any] | None:
     """{"commit", "dirty"} of the repository around `folder`; None where there is none, or no git."""
     commit = _git(folder, "rev-parse", "HEAD")

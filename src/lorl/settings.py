@@ -5,27 +5,23 @@ verl's quoting holds here too), interpolations are resolved, and pydantic valida
 Nothing here imports torch: a typo is answered before anything loads.
 """
 
-import difflib
 import fnmatch
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple
 
-import annotated_types
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from lorl.config import RunConfig
 from lorl.errors import UserError, nearest
+from lorl.mistakes import sentence
+from lorl.schema import LEAVES, SECTIONS, flat, in_words, is_known, lookup, nearest_key, shown, takes_text
 
 RESUME_FREE = (
     "trainer.total_steps",
@@ -101,7 +97,7 @@ def validate(given: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(resolved)
     except ValidationError as error:
-        raise UserError(_sentence(error, resolved)) from None
+        raise UserError(sentence(error, resolved)) from None
 
 
 def _apply_preset(tree: Any, given: Mapping[str, Any]) -> None:
@@ -109,7 +105,7 @@ def _apply_preset(tree: Any, given: Mapping[str, Any]) -> None:
     algorithm, chosen = tree.get("algorithm"), given.get("algorithm")
     if not isinstance(algorithm, dict) or algorithm.get("preset") != "dapo":
         return
-    limit = _lookup(tree, "rollout.max_response_tokens") if isinstance(tree.get("rollout"), dict) else None
+    limit = lookup(tree, "rollout.max_response_tokens") if isinstance(tree.get("rollout"), dict) else None
     values = {**DAPO, "overlong_buffer_tokens": limit // 5 if type(limit) is int else 0}
     algorithm |= {key: value for key, value in values.items() if not (isinstance(chosen, dict) and key in chosen)}
 
@@ -130,16 +126,16 @@ def to_yaml(config: RunConfig) -> str:
 
 def describe() -> list[Key]:
     """Every key with its type, default and meaning, in the schema's order."""
-    defaults = _flat(RunConfig.model_validate({}).model_dump())
+    defaults = flat(RunConfig.model_validate({}).model_dump())
     return [
         Key(name, in_words(field.annotation, field.metadata), shown(defaults[name]), field.description or "")
-        for name, field in _LEAVES.items()
+        for name, field in LEAVES.items()
     ]
 
 
 def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, each with (old, new)."""
-    before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    before, after = flat(old.model_dump()), flat(new.model_dump())
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
@@ -170,7 +166,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path} cannot be read: {_first_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config file {path} holds a list; expected sections such as 'model:' and 'optim:'")
-    return {str(key): _section(value) if key in _SECTIONS else value for key, value in tree.items()}
+    return {str(key): _section(value) if key in SECTIONS else value for key, value in tree.items()}
 
 
 def _section(value: Any) -> Any:
@@ -222,11 +218,11 @@ def _apply(tree: dict[str, Any], word: str, parser: OverridesParser) -> None:
         child = tree.get(part)
         tree[part] = tree = dict(child) if isinstance(child, dict) else {}
     if delete:
-        if not _is_known(key):
-            raise UserError(f"unknown key {key!r}; {_nearest_key(key)}")
+        if not is_known(key):
+            raise UserError(f"unknown key {key!r}; {nearest_key(key)}")
         tree.pop(last, None)
         return
-    if isinstance(value, int | float) and not isinstance(value, bool) and _takes_text(key):
+    if isinstance(value, int | float) and not isinstance(value, bool) and takes_text(key):
         value = text  # run.name=1e5 is a name, and 1e5 is how it was written
     existing = tree.get(last)
     tree[last] = overlay(existing, value) if isinstance(existing, dict) and isinstance(value, dict) else value
@@ -248,168 +244,6 @@ def _escape(value: Any) -> Any:
     if isinstance(value, list):
         return [_escape(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-# The schema, flat
-
-
-def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _leaves(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-_LEAVES: dict[str, FieldInfo] = dict(_leaves(RunConfig))
-_SECTIONS = list(dict.fromkeys(key.partition(".")[0] for key in _LEAVES if "." in key))
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _lookup(tree, key) for key in _LEAVES}
-
-
-def _lookup(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree
-
-
-def _is_known(key: str) -> bool:
-    """Whether `key` is a section, a leaf, or lies in a leaf that takes any mapping (such as reward.kwargs)."""
-    if key in _SECTIONS or key in _LEAVES:
-        return True
-    return any(key.startswith(f"{leaf}.") and get_origin(field.annotation) is dict for leaf, field in _LEAVES.items())
-
-
-def _takes_text(key: str) -> bool:
-    annotation = _LEAVES[key].annotation if key in _LEAVES else None
-    return annotation is str or (get_origin(annotation) in (Union, UnionType) and str in get_args(annotation))
-
-
-def _nearest_key(key: str) -> str:
-    """A clause with the valid keys closest to `key`, or the valid ones of its section."""
-    section = key.rpartition(".")[0]
-    if found := closest_keys(key, [*_LEAVES, *([] if section else _SECTIONS)]):
-        return "did you mean " + " or ".join(map(repr, found)) + "?"
-    inside = [leaf for leaf in _LEAVES if leaf.startswith(f"{section}.")]
-    return "valid: " + ", ".join(inside or RunConfig.model_fields)
-
-
-def closest_keys(key: str, candidates: Iterable[str]) -> list[str]:
-    """The dotted `candidates` closest to `key`: by the last part above all, then by the section. Empty: none is."""
-    section, _, name = key.rpartition(".")
-
-    def likeness(candidate: str) -> float:
-        other_section, _, other_name = candidate.rpartition(".")
-        likely = _ratio(name, other_name)
-        return 0.0 if likely < 0.5 else likely + (0.3 * _ratio(section, other_section) if section else 0.0)
-
-    scores = {candidate: likeness(candidate) for candidate in candidates}
-    best = max(scores.values())
-    return [k for k, score in scores.items() if best - score < 0.01] if best else []
-
-
-def _ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
-
-
-# Mistakes in words
-
-_REFUSED_BY_NAME = {
-    "rollout.engine=sglang": "lorl has no SGLang engine (docs/engines.md says what one needs); use vllm or torch",
-}
-
-
-def _sentence(error: ValidationError, tree: Any) -> str:
-    """The first mistake, and how many keys are wrong besides."""
-    messages: dict[str, str] = {}  # by key: a union reports one error for each of its members
-    for detail in error.errors(include_url=False):
-        key = _key_of(detail)
-        messages.setdefault(key, _message(key, detail, tree))
-    first, *others = messages.values()
-    return first + (f" (and {len(others)} more mistake{'s' if len(others) > 1 else ''})" if others else "")
-
-
-def _key_of(detail: ErrorDetails) -> str:
-    """The dotted key that an error is about: the schema's leaf or section, or the unknown key."""
-    parts = [str(part) for part in detail["loc"]]
-    if detail["type"] == "extra_forbidden":
-        value = detail["input"]
-        while isinstance(value, dict) and value:  # what was written is `optm.lr`, not `optm`
-            part, value = next(iter(value.items()))
-            parts.append(str(part))
-        return ".".join(parts)
-    for length in range(1, len(parts)):
-        if ".".join(parts[:length]) in _LEAVES:
-            return ".".join(parts[:length])
-    return ".".join(parts)
-
-
-def _message(key: str, detail: ErrorDetails, tree: Any) -> str:
-    if detail["type"] == "value_error":  # the schema's own cross-field checks are sentences already
-        return detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        if key in _LEAVES:  # written flat, as in `optim.lr: 3e-5`
-            section, _, name = key.partition(".")
-            return f"key {key!r} is written flat; YAML nests it: '{section}:' and, indented below, '{name}: ...'"
-        return f"unknown key {key!r}; {_nearest_key(key)}"
-    value = _lookup(tree, key)
-    if key in _SECTIONS:
-        example = next(leaf for leaf in _LEAVES if leaf.startswith(f"{key}."))
-        return f"{key}={shown(value)}: {key!r} is a section; set its keys, such as {example}"
-    field = _LEAVES[key]
-    message = f"{key}={shown(value)}: expected {in_words(field.annotation, field.metadata)}"
-    if why := _REFUSED_BY_NAME.get(f"{key}={value}"):
-        return f"{key}={value}: {why}"
-    if get_origin(field.annotation) is Literal and isinstance(value, str):
-        close = difflib.get_close_matches(value, map(str, get_args(field.annotation)), n=1)
-        message += f"; did you mean {close[0]!r}?" if close else ""
-    elif isinstance(value, int | float) and _takes_text(key):
-        message += "; put it in quotes"
-    return message
-
-
-def in_words(annotation: Any, constraints: Sequence[Any] = ()) -> str:
-    """A field's type and bounds as a reader would say them."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        inner = [c for extra in args[1:] for c in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
-        return in_words(args[0], inner)
-    if origin in (Union, UnionType):
-        return " or ".join(in_words(arg) for arg in args)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is list:
-        size = next((f"{c.min_length} " for c in constraints if isinstance(c, annotated_types.MinLen)), "")
-        item = in_words(args[0])
-        return f"a list of {size}" + (
-            item if item == "text" else item.removeprefix("a ").replace("number", "numbers", 1)
-        )
-    if origin is dict:
-        return "a mapping"
-    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}[annotation]
-    symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [f"{symbols[k]} {getattr(c, k)}" for c in constraints for k in symbols if hasattr(c, k)]
-    return f"{name} {' and '.join(bounds)}".rstrip()
-
-
-def options(annotation: Any) -> list[str]:
-    """The texts that a Literal, or a union with one, allows."""
-    if get_origin(annotation) is Literal:
-        return [value for value in get_args(annotation) if isinstance(value, str)]
-    if get_origin(annotation) in (Union, UnionType):
-        return [value for arg in get_args(annotation) for value in options(arg)]
-    return []
-
-
-def shown(value: Any) -> str:
-    """A value as it is written after `key=`, cut to what a message can hold. A numeral given as text is quoted."""
-    if isinstance(value, str):
-        text = value if value and not re.fullmatch(r"[-+.\d].*|true|false|null", value) else repr(value)
-    else:
-        text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _first_line(error: BaseException) -> str:

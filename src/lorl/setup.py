@@ -151,7 +151,7 @@ def _data(config: RunConfig) -> DataConfig:
 
 def advice(config: RunConfig) -> list[str]:
     """Warnings about what is allowed and has been seen to go wrong, or does nothing."""
-    found = [_rank_advice(config), _kl_advice(config)]
+    found = [_rank_advice(config), _kl_advice(config), _network_advice(config)]
     if config.critic != CriticConfig() and not Objective.of(config).needs_critic:
         found.append(f"critic.* has no effect: algorithm.advantage={config.algorithm.advantage} has no critic")
     return [text for text in found if text is not None]
@@ -167,6 +167,17 @@ def _kl_advice(config: RunConfig) -> str | None:
         f"algorithm.kl_in=reward with algorithm.advantage={algorithm.advantage}, which divides by the group's standard "
         "deviation, has been seen to stop the learning (docs/algorithms.md); use algorithm.kl_in=loss, or "
         "algorithm.normalize_std=false"
+    )
+
+
+def _network_advice(config: RunConfig) -> str | None:
+    """torch's store, gloo and NCCL know no passwords, and across nodes they leave the loopback address."""
+    if config.parallel.nodes == 1:
+        return None
+    return (
+        f"parallel.nodes={config.parallel.nodes}: what ranks send each other is neither encrypted nor authenticated "
+        "(torch.distributed has no such thing); run on a private network that nobody else reaches "
+        '(docs/architecture.md, "Many ranks")'
     )
 
 

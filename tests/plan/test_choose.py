@@ -42,15 +42,29 @@ def test_72b_on_eight_gpus_shares_the_engines_shards() -> None:
     assert not chosen(demand, EIGHT, "ddp").fits
 
 
-def test_plain_fsdp2_holds_the_base_twice_in_eighths() -> None:
+def test_plain_fsdp2_has_eighths_of_the_layers_beside_the_engines_eighth_of_all() -> None:
     demand = run_of("model.path=qwen2.5-72b")
-    held = make_plan(demand, Layout("fsdp2", 8, 8), EIGHT).memory
-    assert held.row("base").sampling == held.row("engine's own copy of the base").sampling
     whole = make_plan(demand, Layout("ddp"), EIGHT).memory.row("base").sampling
-    assert held.row("base").sampling == pytest.approx(whole / 8, rel=1e-9)
+    ends = 2 * (2 * 152_064 * 8192 + 8192)  # embeddings, head and last norm, in bfloat16
+    held = make_plan(demand, Layout("fsdp2", 8, 8), EIGHT).memory
+    assert held.row("engine's own copy of the base").sampling == pytest.approx(whole / 8, rel=1e-9)
+    assert held.row("base").sampling == pytest.approx(ends + (whole - ends) / 8, rel=1e-9)
     offloaded = make_plan(demand, Layout("fsdp2", 8, 8, offload=True), EIGHT).memory
-    assert offloaded.row("base").training == 0
-    assert dict(offloaded.host)["offloaded base"] == whole
+    assert offloaded.row("base").training == ends
+    assert dict(offloaded.host)["offloaded base"] == whole - ends
+
+
+def test_the_embedded_engine_reads_the_trainers_parts() -> None:
+    held = make_plan(replace(run_of("model.path=qwen2.5-72b"), engine="torch"), Layout("fsdp2", 8), EIGHT).memory
+    assert held.row("engine's own copy of the base").sampling == 0
+
+
+def test_only_layouts_with_an_engine_are_chosen() -> None:
+    demand = run_of("model.path=qwen2.5-72b")
+    plan = choose(demand, EIGHT, engine_on=lambda layout: "torch" if layout == Layout("fsdp", 8, 1) else None)
+    assert plan is not None
+    assert (plan.layout, plan.demand.engine) == (Layout("fsdp", 8, 1), "torch")
+    assert choose(demand, EIGHT, engine_on=lambda _: None) is None
 
 
 def test_the_fastest_that_fits_is_chosen() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lorl.parallel.start import check_combination
 from lorl.plan.shape import BUILT_IN
+from lorl.settings import load
 from lorl_command import Forks
 
 ROOT = Path(__file__).parents[2]
@@ -17,14 +19,27 @@ def test_a_plan_is_read_off_a_config_json_alone(forks: Forks, tmp_path: Path) ->
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(BUILT_IN["qwen2.5-72b"]))
-    by_folder = forks.run("plan", f"model.path={folder}", *EIGHT, "--json", cwd=tmp_path)
-    by_name = forks.run("plan", "model.path=qwen2.5-72b", *EIGHT, "--json", cwd=tmp_path)
+    words = (*EIGHT, "--strategy", "shared", "--json")
+    by_folder = forks.run("plan", f"model.path={folder}", *words, cwd=tmp_path)
+    by_name = forks.run("plan", "model.path=qwen2.5-72b", *words, cwd=tmp_path)
     assert (by_folder.code, by_folder.out) == (0, by_name.out)
     found = json.loads(by_folder.out)
     assert (found["strategy"], found["fits"], found["change"]) == ("shared", True, None)
     assert found["bytes"]["base"]["training"] == -(-72_706_203_648 * 2 // found["shard"])
     assert found["training_bytes"] == sum(held["training"] for held in found["bytes"].values()) <= found["gpu_bytes"]
     assert found["seconds_a_step"] == pytest.approx(sum(found["seconds"].values()))
+
+
+def test_auto_prints_the_layout_that_the_run_takes(forks: Forks, tmp_path: Path) -> None:
+    """One that it can be started in: `lorl plan` and the run ask the same function."""
+    words = ["model.path=qwen2.5-72b", "parallel.gpus=8"]
+    found = json.loads(forks.run("plan", *words, "--gpu-memory", "80GB", "--json", cwd=tmp_path).out)
+    assert found["strategy"] != "ddp"
+    check_combination(load(None, [*words, f"parallel.strategy={found['strategy']}"]))
+    whole = json.loads(forks.run("plan", *words, "adapter.dora=true", "--json", cwd=tmp_path).out)
+    assert whole["strategy"] == "ddp", "DoRA reads whole weights, and the start says so"
+    parts = json.loads(forks.run("plan", *words, "parallel.shard_size=4", "--json", cwd=tmp_path).out)
+    assert parts["shard"] == 4
 
 
 def test_the_tables_say_what_holds_memory_where_time_goes_and_whether_it_fits(forks: Forks, tmp_path: Path) -> None:

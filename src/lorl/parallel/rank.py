@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lorl.config import RunConfig
 from lorl.experience import Completion, Experience
+from lorl.parallel.auto import Device, this_device
 from lorl.parallel.group import SPARE_S, Ranks, stores
 from lorl.parallel.local import local_worker
 from lorl.policy.load import load_tokenizer
@@ -32,6 +33,14 @@ class Rank:
         self._rank = rank
         self._size = config.parallel.gpus * config.parallel.nodes
         self._limit_s = config.parallel.collective_limit_s
+
+    def device(self) -> Device:
+        """What this rank's part of the run has to fit."""
+        return this_device(self._config)
+
+    def take(self, config: RunConfig) -> None:
+        """The configuration with what was decided since this rank began."""
+        self._config = config
 
     def listen(self) -> tuple[str, int]:
         """Opens the store that the ranks meet at, for this machine alone where they are all on it. Returns where."""

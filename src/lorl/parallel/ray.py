@@ -20,6 +20,7 @@ from torch import Tensor
 from lorl.config import RunConfig
 from lorl.errors import DivergedError, InfrastructureError, LorlError, UserError
 from lorl.experience import COMPUTED, Completion, Experience
+from lorl.parallel import auto
 from lorl.parallel.cluster import Cluster
 from lorl.parallel.rank import Rank
 from lorl.parallel.split import share_requests
@@ -63,6 +64,9 @@ class RayWorkers:
                     num_cpus=1, num_gpus=int(room.cuda), max_restarts=0, max_task_retries=0, scheduling_strategy=place
                 ).remote(config, rank, os.getcwd())
             )
+        if parallel.strategy == "auto":
+            config = self._settle(config, tell)
+            parallel = config.parallel
         kind = "GPUs" if room.cuda else "CPU processes"
         holding = "a share of each layer" if parallel.strategy == "fsdp2" else "the whole base"
         together = f"; {parallel.sequence} split each pass" if parallel.sequence > 1 else ""
@@ -74,6 +78,13 @@ class RayWorkers:
             tell(note)
         cluster.watch()
         (self._reference,) = self._get([self._ranks[0].reference.remote()], "starting")
+
+    def _settle(self, config: RunConfig, tell: Callable[[str], None]) -> RunConfig:
+        """A strategy in place of auto, here and in the ranks."""
+        settled, why = auto.settle(config, self._all("device", doing="starting"))
+        tell(why)
+        self._all("take", settled, doing="starting")
+        return settled
 
     @property
     def reference(self) -> str | None:

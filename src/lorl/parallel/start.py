@@ -15,6 +15,18 @@ from lorl.parallel.workers import Workers
 
 def check(config: RunConfig) -> None:
     """What can be said of parallel.* before anything loads. Raises UserError."""
+    check_combination(config)
+    parallel = config.parallel
+    if parallel.gpus * parallel.nodes > 1 and importlib.util.find_spec("ray") is None:
+        raise UserError(
+            f"parallel.gpus={parallel.gpus} on parallel.nodes={parallel.nodes} needs Ray, which is not installed: "
+            "pip install 'lorl[ray]', or set both to 1"
+        )
+
+
+def check_combination(config: RunConfig) -> None:
+    """What parallel.* says, whatever is installed here: what this lets pass is what `auto` chooses among
+    (`lorl.parallel.auto`). Raises UserError."""
     parallel = config.parallel
     ranks = parallel.gpus * parallel.nodes
     if parallel.strategy == "fsdp":
@@ -33,8 +45,6 @@ def check(config: RunConfig) -> None:
         raise UserError("adapter.dora reads whole weights, and parallel.strategy=fsdp2 keeps parts; use strategy=ddp")
     if config.rollout.engine == "vllm":
         raise UserError(f"rollout.engine=vllm samples in one process so far, and {many} are {ranks}; use engine=torch")
-    if importlib.util.find_spec("ray") is None:
-        raise UserError(f"{many} needs Ray, which is not installed: pip install 'lorl[ray]', or set both to 1")
 
 
 def start_workers(config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> Workers:

@@ -5,14 +5,17 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from lorl.plan.demand import Demand
+from lorl.plan.demand import Demand, Engine
 from lorl.plan.hardware import Cluster
 from lorl.plan.layout import Layout, Strategy, layouts
 from lorl.plan.memory import Memory, memory
 from lorl.plan.seconds import PhaseSeconds, step_seconds
 
+EngineOn = Callable[[Layout], Engine | None]
+"""The engine that samples on a layout; None: the run cannot take that layout."""
+
 OFFLOAD = "parallel.param_offload=true"
-_ABOUT = 1.05  # seconds that differ by less are the same: estimates are no better than that
+ABOUT = 1.05  # seconds that differ by less are the same: estimates are no better than that
 _FRACTIONS = tuple(percent / 100 for percent in (80, 70, 60, 50, 40, 30, 25, 20, 15, 10, 8, 6, 5, 4, 3, 2, 1))
 
 
@@ -50,29 +53,43 @@ def make_plan(demand: Demand, layout: Layout, cluster: Cluster) -> Plan:
 
 
 def choose(
-    demand: Demand, cluster: Cluster, strategy: Strategy | None = None, offload: bool | None = None
+    demand: Demand,
+    cluster: Cluster,
+    strategy: Strategy | None = None,
+    offload: bool | None = None,
+    engine_on: EngineOn | None = None,
+    about: float = ABOUT,
 ) -> Plan | None:
-    """The simplest plan that fits and is about as fast as the fastest that does; where none fits, the one that lacks
-    least. Simpler layouts come first in `layouts`.
+    """The simplest plan that fits and takes less than `about` times as long as the fastest that does; where none fits,
+    the one that lacks least. Simpler layouts come first in `layouts`.
 
-    `strategy` and `offload` narrow the choice. None: there is no such layout on this cluster.
+    `strategy`, `offload` and `engine_on` narrow the choice; without the last, every layout samples with the demand's
+    engine. None: there is no such layout on this cluster.
     """
-    plans = [make_plan(demand, layout, cluster) for layout in layouts(demand.shape, cluster, strategy, offload)]
+    found = layouts(demand.shape, cluster, strategy, offload, demand.shard_size)
+    sampled = [(layout, engine_on(layout) if engine_on else demand.engine) for layout in found]
+    plans = [make_plan(replace(demand, engine=engine), layout, cluster) for layout, engine in sampled if engine]
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         fastest = min(plan.seconds for plan in fitting)
-        return next(plan for plan in fitting if plan.seconds <= fastest * _ABOUT)
+        return next(plan for plan in fitting if plan.seconds <= fastest * about)
     return min(plans, key=lambda plan: plan.memory.shortage, default=None)
 
 
-def smallest_change(demand: Demand, cluster: Cluster, strategy: Strategy | None, offload: bool | None) -> Change | None:
+def smallest_change(
+    demand: Demand,
+    cluster: Cluster,
+    strategy: Strategy | None,
+    offload: bool | None,
+    engine_on: EngineOn | None = None,
+) -> Change | None:
     """For a run that does not fit: the first single change that helps, or else as few as do together, mild before
     strong. None: nothing helps.
 
     No change touches what is computed: smaller micro-batches, recomputation, the cache's rest and size, and then where
     the base lies.
     """
-    start = _State(demand, strategy, offload)
+    start = _State(demand, strategy, offload, engine_on)
     steps = _steps(start)
     for step in steps:
         for edit in step:
@@ -91,9 +108,10 @@ class _State:
     demand: Demand
     strategy: Strategy | None
     offload: bool | None
+    engine_on: EngineOn | None
 
     def plan(self, cluster: Cluster) -> Plan | None:
-        return choose(self.demand, cluster, self.strategy, self.offload)
+        return choose(self.demand, cluster, self.strategy, self.offload, self.engine_on)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lorl.errors import UserError, nearest
-from lorl.plan.choose import choose, smallest_change
+from lorl.plan.choose import EngineOn, choose, smallest_change
 from lorl.plan.demand import demand_of
 from lorl.plan.hardware import Cluster, make_cluster
 from lorl.plan.layout import STRATEGIES, Strategy
@@ -25,19 +25,26 @@ def run(
     bandwidths: Sequence[str],
     strategy: str | None,
     as_json: bool,
+    engine_on: "Callable[[RunConfig], EngineOn]",
 ) -> int:
-    """Prints the plan. Returns 0, or 2 where the run does not fit. Raises UserError for words that mean nothing."""
+    """Prints the plan. Returns 0, or 2 where the run does not fit. Raises UserError for words that mean nothing.
+
+    `engine_on` says of a run which layouts it can be started in, for `auto`; a strategy that is named is planned in any
+    case.
+    """
     nodes = config.parallel.nodes
     cluster = make_cluster(config.parallel.gpus * nodes if gpus is None else gpus, nodes, gpu, gpu_memory, bandwidths)
     wanted = _strategy(config.parallel.strategy if strategy is None else strategy)
     demand, notes = demand_of(config)
     offload = None if wanted is None else False
-    plan = choose(demand, cluster, wanted, offload)
+    spread = config.parallel.model_copy(update={"gpus": cluster.gpus, "nodes": cluster.nodes})
+    startable = engine_on(config.model_copy(update={"parallel": spread})) if wanted is None else None
+    plan = choose(demand, cluster, wanted, offload, startable)
     if plan is None:
         raise UserError(
             f"--strategy {wanted} spreads the base over the GPUs of a node, and there is one; use ddp, or more --gpus"
         )
-    change = None if plan.fits else smallest_change(demand, cluster, wanted, offload)
+    change = None if plan.fits else smallest_change(demand, cluster, wanted, offload, startable)
     notes.append(_utilisation(cluster))
     if as_json:
         sys.stdout.write(json.dumps(as_dict(plan, change, notes)) + "\n")

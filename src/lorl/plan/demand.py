@@ -10,6 +10,8 @@ from lorl.plan.shape import KNOWN_TYPES, Shape, find_shape
 if TYPE_CHECKING:
     from lorl.config import RunConfig
 
+Engine = Literal["torch", "vllm"]
+
 MEAN_LENGTH = 0.5  # of prompts and answers, as a share of the longest allowed; rollout.adapter_mode=auto assumes it too
 ENGINE_TOKENS = 8192  # in one pass of vLLM, where rollout.max_batched_tokens does not say
 
@@ -39,12 +41,13 @@ class Demand:
     microbatch_tokens: int  # of a rank
     sequence: int  # ranks that split a micro-batch
     recompute: bool | Literal["auto"]
-    engine: Literal["torch", "vllm"]
+    engine: Engine
     concurrent: int
     engine_tokens: int
     slots: int
     memory_fraction: float | None
     rest: Literal["auto", "always", "never"]
+    shard_size: int | None  # ranks that hold a copy of a sharded base; None: whatever is best
 
     @property
     def longest(self) -> int:
@@ -75,15 +78,16 @@ class Demand:
         return Pass(self.itemsize, eager=self.itemsize != 2, recompute=recompute, entropy=self.entropy)
 
 
-def demand_of(config: "RunConfig") -> tuple[Demand, list[str]]:
-    """The demand of a run on GPUs, and what was assumed on the way, a sentence each.
+def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, list[str]]:
+    """The demand of a run on GPUs, and what was assumed on the way, a sentence each. The model's `shape` is looked up
+    by `model.path` where it is not given.
 
     Raises:
         UserError: the model's shape is unknown, the adapter fits it nowhere, or the objective contradicts itself.
     """
     from lorl.objective import Objective
 
-    shape, notes = find_shape(config.model.path), list[str]()
+    shape, notes = shape or find_shape(config.model.path), list[str]()
     if shape.model_type not in KNOWN_TYPES:
         notes.append(f"model_type={shape.model_type} is taken for a llama of its sizes")
     if config.adapter.dora:
@@ -123,6 +127,7 @@ def demand_of(config: "RunConfig") -> tuple[Demand, list[str]]:
         slots=config.rollout.adapter_slots,
         memory_fraction=config.rollout.memory_fraction,
         rest=config.rollout.rest,
+        shard_size=config.parallel.shard_size,
     )
     lengths = "as long as allowed" if config.rollout.ignore_eos else "half of the longest allowed"
     notes.append(

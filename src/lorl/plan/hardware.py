@@ -61,6 +61,14 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[key]
 
 
+def described_gpu(name: str | None, memory: int) -> Gpu:
+    """A GPU by the name that its driver gives it, with the memory that it reports. One without a data sheet here (None:
+    a CPU) has the first sheet's rates: layouts are compared, and what tells them apart is mostly memory."""
+    words = "" if name is None else name.lower()
+    sheet = next((gpu for key, gpu in GPUS.items() if key in words), next(iter(GPUS.values())))
+    return replace(sheet, name=name or "CPU", memory=memory)
+
+
 def make_cluster(
     gpus: int, nodes: int, gpu: str = "H100", memory: str | None = None, bandwidths: Sequence[str] = ()
 ) -> Cluster:

@@ -36,13 +36,18 @@ class Layout:
 
 
 def layouts(
-    shape: Shape, cluster: Cluster, strategy: Strategy | None = None, offload: bool | None = None
+    shape: Shape,
+    cluster: Cluster,
+    strategy: Strategy | None = None,
+    offload: bool | None = None,
+    shard_size: int | None = None,
 ) -> list[Layout]:
     """All layouts that split the model evenly, simpler ones first; of one strategy, and with or without offload, where
-    these are given. Engines stay within a node; a sharded base covers a node or everything."""
+    these are given. Engines stay within a node; a sharded base covers `shard_size` GPUs, or a node or everything."""
     ways = tensor_parallel_ways(shape, cluster)
-    shards = sorted({n for n in (cluster.gpus, cluster.world) if n > 1})
-    found = [Layout("ddp"), *(Layout("shared", n, n) for n in ways if n > 1)]
+    sizes = (cluster.gpus, cluster.world) if shard_size is None else (shard_size,)
+    shards = sorted({n for n in sizes if n > 1})
+    found = [Layout("ddp"), *(Layout("shared", n, n) for n in ways if n > 1 and shard_size in (None, n))]
     found += [
         Layout(kind, shard, engine, offloaded)
         for offloaded in (False, True)

@@ -135,7 +135,10 @@ def _base_bytes(demand: Demand, layout: Layout) -> tuple[int, int]:
     whole = demand.shape.parameters * demand.itemsize
     if layout.strategy in ("ddp", "shared"):
         return -(-whole // layout.shard), 0
-    return 0 if layout.offload else -(-whole // layout.shard), -(-whole // layout.engine)
+    layers = demand.shape.layers * demand.shape.layer_parameters * demand.itemsize
+    ends = whole - layers  # read out of order, and so whole on each rank (lorl.parallel.sharding)
+    copy = -(-whole // layout.engine) if demand.engine == "vllm" else 0  # the embedded engine reads the trainer's
+    return ends + (0 if layout.offload else -(-layers // layout.shard)), copy
 
 
 def _worst_moment(demand: Demand, layout: Layout, tokens: int, how: footprint.Pass) -> tuple[int, int, int]:
@@ -148,7 +151,7 @@ def _worst_moment(demand: Demand, layout: Layout, tokens: int, how: footprint.Pa
     in_layer = footprint.layer_moment_bytes(shape, demand.lora, tokens, how)
     in_head = footprint.head_moment_bytes(shape, tokens, how, "cuda")
     layers = GATHERED_LAYERS * shape.layer_parameters * n if sharded else 0
-    head = shape.embedding_parameters * n if sharded else 0
+    head = shape.embedding_parameters * n if sharded and layout.strategy == "shared" else 0
     if in_layer + layers >= in_head + head:
         return in_layer, 0, layers
     return 0, in_head, head
@@ -164,8 +167,8 @@ def _engine_bytes(demand: Demand, layout: Layout) -> int:
 
 def _host(demand: Demand, layout: Layout, cluster: Cluster) -> tuple[tuple[str, int], ...]:
     parameters = (demand.learning + demand.frozen) * demand.lora.parameters
-    whole = demand.shape.parameters * demand.itemsize
-    offloaded = whole * cluster.gpus // layout.shard if layout.offload else 0
+    layers = demand.shape.layers * demand.shape.layer_parameters * demand.itemsize
+    offloaded = layers * cluster.gpus // layout.shard if layout.offload else 0
     return (
         ("processes", cluster.gpus * PROCESS_BYTES),
         ("offloaded base", offloaded),

@@ -49,8 +49,18 @@ def attach_copy(peft: PeftModel, source: str, name: str) -> None:
 
 
 def add(peft: PeftModel, name: str, lora: LoraConfig, seed: int) -> None:
-    """Adds a fresh adapter beside those that `peft` has; its values depend on `seed` and `name` alone."""
+    """Adds a fresh adapter beside those that `peft` has; its values depend on `seed` and `name` alone.
+
+    Raises:
+        UserError: it fits the base nowhere, or its name is part of a tensor's: peft takes such tensors for this
+            adapter's when it reads another one's, and leaves them out.
+    """
     _check_targets(peft.get_base_model(), lora)
+    if name not in peft.peft_config and name in {part for key, _ in peft.named_parameters() for part in key.split(".")}:
+        raise UserError(
+            f"adapter {name!r}: this model has modules or tensors of that name, and peft could not tell them from the "
+            f"adapter; use another name, such as {name + '-adapter'!r}"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(stable_seed(seed, "adapter", name))
         try:

@@ -100,9 +100,7 @@ def span_attention(
     reach: int,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, D] and log-sum-exps float32[H, T]; `reach` is how far back a token sees, -1 without bound."""
-    longest_query, longest_key, shared = bounds.tolist()
-    if shared:
-        key, value = key[gathered[:-1]], value[gathered[:-1]]
+    key, value, longest_query, longest_key, _ = _read(key, value, gathered, bounds)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
@@ -144,14 +142,13 @@ def span_attention_backward(
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. A shared key's are summed in float32."""
-    longest_query, longest_key, shared = bounds.tolist()
-    where = gathered[:-1]
+    keys_read, values_read, longest_query, longest_key, where = _read(key, value, gathered, bounds)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the random state that the kernel asks for
     grad_query, grad_key, grad_value = torch.ops.aten._flash_attention_backward(
         grad,
         query,
-        key[where] if shared else key,
-        value[where] if shared else value,
+        keys_read,
+        values_read,
         out,
         lse,
         queries,
@@ -166,7 +163,7 @@ def span_attention_backward(
         window_size_left=reach,
         window_size_right=0,
     )
-    if shared:
+    if where is not None:
         grad_key, grad_value = _scatter(grad_key, where, key), _scatter(grad_value, where, value)
     return grad_query, grad_key, grad_value
 
@@ -194,6 +191,18 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 span_attention.register_autograd(_backward, setup_context=_remember)
+
+
+def _read(
+    key: Tensor, value: Tensor, gathered: Tensor, bounds: Tensor
+) -> tuple[Tensor, Tensor, int, int, Tensor | None]:
+    """Keys and values as the kernel reads them, its longest rows of queries and of keys, and the tokens that the keys
+    are of; None: all, in order."""
+    longest_query, longest_key, shared = bounds.tolist()
+    if not shared:
+        return key, value, longest_query, longest_key, None
+    where = gathered[:-1]
+    return key[where], value[where], longest_query, longest_key, where
 
 
 def _scatter(grads: Tensor, where: Tensor, like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from lorl import settings
+from lorl import schema
 from lorl.verl.rows import Row
 from lorl.verl.table import TABLE
 
@@ -64,7 +64,7 @@ def _room(row: Row) -> str:
 
 def _line(row: Row) -> str:
     names = "<br>".join(f"`{name}`" for name in (row.key, *row.spellings))
-    default = f"`{settings.shown(row.default)}`"
+    default = f"`{schema.shown(row.default)}`"
     if row.sets:
         effect = ", ".join(f"`{key}`" for key in row.sets)
     elif row.joint:
@@ -72,7 +72,7 @@ def _line(row: Row) -> str:
     else:
         effect = "refused" if row.refused else "without effect"
     if row.refused and row.off:
-        effect += " unless " + " or ".join(f"`{settings.shown(value)}`" for value in row.off)
+        effect += " unless " + " or ".join(f"`{schema.shown(value)}`" for value in row.off)
     why = "; ".join(part for part in (row.why, "not given: lorl's own default" if row.only_given else "") if part)
     return f"| {names} | {default} | {effect} | {_cell(why)} |\n"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorl import settings
+from lorl import schema, settings
 from lorl.config import RunConfig
 from lorl.errors import UserError
 from lorl.verl import objective, placement
@@ -63,7 +63,7 @@ def translate(words: Sequence[str]) -> Translation:
 
 def _defaults(values: Values) -> list[str]:
     """verl's defaults that decide most, where the command line says nothing."""
-    absent = [f"{key}={settings.shown(ROWS[key].default)}" for key in _DECISIVE if not values.has(key)]
+    absent = [f"{key}={schema.shown(ROWS[key].default)}" for key in _DECISIVE if not values.has(key)]
     return [f"not given, so as in verl: {', '.join(absent)}"] if absent else []
 
 

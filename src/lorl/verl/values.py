@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from lorl import settings
+from lorl import schema, settings
 from lorl.errors import UserError, nearest
 from lorl.verl.rows import Row
 from lorl.verl.table import KEYS, ROWS, TABLE, find
@@ -66,8 +66,8 @@ class Values:
         if ROWS[key].prefix is not None:
             return self.given[key].spelling
         if key in self.given:
-            return f"{self.given[key].spelling}={settings.shown(self.given[key].value)}"
-        return f"{key}={settings.shown(ROWS[key].default)} (verl's default)"
+            return f"{self.given[key].spelling}={schema.shown(self.given[key].value)}"
+        return f"{key}={schema.shown(ROWS[key].default)} (verl's default)"
 
     def fail(self, key: str, why: str) -> NoReturn:
         raise UserError(f"{self.spelled(key)}: {why}")
@@ -125,7 +125,7 @@ def _is_section(key: str) -> bool:
 def _row(key: str) -> tuple[Row, str]:
     if found := find(key):
         return found
-    close = settings.closest_keys(key, [name.removesuffix(".*") for name in KEYS])[:2]
+    close = schema.closest_keys(key, [name.removesuffix(".*") for name in KEYS])[:2]
     hint = "did you mean " + " or ".join(map(repr, close)) + "?" if close else "docs/from-verl.md lists verl's keys"
     raise UserError(f"unknown key {key!r}; {hint}")
 
@@ -143,7 +143,7 @@ def _set(given: dict[str, Given], row: Row, key: str, value: Any) -> None:
     former = given.get(row.key)
     if former is not None and former.spelling != key and former.value != value:
         raise UserError(
-            f"{former.spelling}={settings.shown(former.value)} and {key}={settings.shown(value)} are two spellings of "
+            f"{former.spelling}={schema.shown(former.value)} and {key}={schema.shown(value)} are two spellings of "
             "one key; keep one of them"
         )
     given[row.key] = Given(key, value)
@@ -159,10 +159,10 @@ def _set_below(given: dict[str, Given], row: Row, key: str, below: str, value: A
         for part in path:
             leaf = leaf.setdefault(part, {})
             if not isinstance(leaf, dict):
-                raise UserError(f"{key}={settings.shown(value)}: {part} is {settings.shown(leaf)} already, no mapping")
+                raise UserError(f"{key}={schema.shown(value)}: {part} is {schema.shown(leaf)} already, no mapping")
         leaf[last] = value
     elif value not in ({}, None):
-        raise UserError(f"{key}={settings.shown(value)}: expected a mapping")
+        raise UserError(f"{key}={schema.shown(value)}: expected a mapping")
     given[row.key] = Given(f"{former.spelling}, {key}" if former else key, tree)
 
 
@@ -204,11 +204,11 @@ def _checked(row: Row, given: Given) -> Any:
 
 
 def _mismatch(row: Row, given: Given) -> str:
-    value, said = given.value, f"{given.spelling}={settings.shown(given.value)}"
-    expected = settings.in_words(row.type)
+    value, said = given.value, f"{given.spelling}={schema.shown(given.value)}"
+    expected = schema.in_words(row.type)
     if isinstance(value, str) and value in _VERLS_ALONE:
         return f"{said}: {_VERLS_ALONE[value]}; expected {expected}"
-    options = settings.options(row.type)
+    options = schema.options(row.type)
     if isinstance(value, str) and options:
         hint = nearest(value, options)
         return f"{said}: expected {expected}" + (f"; {hint}" if hint.startswith("did you") else "")

@@ -47,6 +47,8 @@ def test_versions_that_nobody_has_tried(installed: Callable[[dict[str, str]], No
 def test_versions_that_work(installed: Callable[[dict[str, str]], None], found: dict[str, str]) -> None:
     installed(found)
     versions.check()
+    assert versions.known()
+    assert str(versions.installed()) in found.values()
 
 
 def test_a_switch_of_vllms_that_sharing_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:

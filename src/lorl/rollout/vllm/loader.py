@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor, nn
 
@@ -63,10 +62,13 @@ def _hollow_parameters() -> Iterator[None]:
     """
     register: Callable[..., None] = nn.Module.register_parameter
 
-    def hollow(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+    def hollow(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:
+            param.data = param.data.new_zeros(()).expand(param.shape)
 
-    with patch.object(nn.Module, "register_parameter", hollow):
+    nn.Module.register_parameter = hollow
+    try:
         yield
+    finally:
+        nn.Module.register_parameter = register

@@ -1,0 +1,140 @@
+"""parallel.strategy=auto: the layout that the plan takes for a run, among those that the run can be started with.
+
+    GPUs            the simplest layout that fits their memory and is about as fast as the fastest (`lorl.plan.choose`)
+    CPU processes   ddp, unless a node's ranks need more memory together than is free there: then the first that fits
+
+Which layouts there are is asked of the schema and of `start.check_combination`, so that a strategy that they learn is
+chosen here as well.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorl.config import ParallelConfig, RunConfig
+from lorl.errors import UserError
+from lorl.parallel.start import check_combination
+from lorl.plan.choose import ABOUT, Plan, choose, make_plan
+from lorl.plan.demand import Demand, Engine, demand_of
+from lorl.plan.hardware import GIB, Cluster, described_gpu
+from lorl.plan.layout import Layout
+from lorl.plan.shape import Shape
+
+PLANNED: tuple[Engine, ...] = ("vllm", "torch")  # rollout.engine=auto: the first that a layout works with
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What one rank's part of a run has to fit."""
+
+    gpu: str | None  # its name; None: a CPU process
+    memory: int  # bytes: the GPU's, or of what is free on the node this rank's part
+
+
+def this_device(config: RunConfig) -> Device:
+    """Of the rank that this process is."""
+    import torch
+
+    from lorl.environment import free_memory
+    from lorl.policy.load import pick_device
+
+    if pick_device(config.model).type != "cuda":
+        return Device(None, free_memory() // config.parallel.gpus)
+    found = torch.cuda.get_device_properties(0)
+    return Device(found.name, found.total_memory)
+
+
+def settle(config: RunConfig, devices: Sequence[Device]) -> tuple[RunConfig, str]:
+    """`config` with a strategy in place of auto, and a line for the user: which, and why.
+
+    Args:
+        devices: of all ranks; the smallest decides.
+    """
+    smallest = min(devices, key=lambda device: device.memory)
+    try:
+        demand = _demand(config, smallest)
+    except UserError as error:  # a run that the plan has no formulas for is still a run
+        return _with(config, Layout("ddp"), "torch"), f"parallel.strategy=auto: ddp, unplanned: {error}"
+    parallel = config.parallel
+    cluster = Cluster(described_gpu(smallest.gpu, smallest.memory), parallel.gpus, parallel.nodes)
+    engines = _engines_here(smallest)
+    about = ABOUT if smallest.gpu else math.inf  # the plan knows no CPU's seconds
+    plan = choose(demand, cluster, engine_on=engine_on(config, engines), about=about)
+    assert plan is not None, "ddp is always a layout"
+    settled = _with(config, plan.layout, plan.demand.engine)
+    why = f"parallel.strategy=auto: {_why(plan, smallest)}"
+    if smallest.gpu and config.rollout.engine == "auto":
+        why += f"; rollout.engine=auto: {plan.demand.engine}"
+    return settled, why
+
+
+def engine_on(config: RunConfig, engines: Sequence[Engine] = PLANNED) -> Callable[[Layout], Engine | None]:
+    """For `choose`: the engine that samples on a layout if this run can be started in it, else None. Where
+    rollout.engine is auto, the first of `engines` that can."""
+    asked: Sequence[Any] = engines if config.rollout.engine == "auto" else [config.rollout.engine]
+
+    def engine(layout: Layout) -> Engine | None:
+        return next((engine for engine in asked if _starts(config, layout, engine)), None)
+
+    return engine
+
+
+def _starts(config: RunConfig, layout: Layout, engine: Engine) -> bool:
+    if engine == "torch" and layout.engine > 1:
+        return False  # the embedded engine is one rank's
+    try:
+        check_combination(_with(config, layout, engine))
+    except (UserError, ValidationError):
+        return False
+    return True
+
+
+def _with(config: RunConfig, layout: Layout, engine: Engine) -> RunConfig:
+    """The run in this layout. Raises ValidationError where the schema has no such setting."""
+    parallel = config.parallel
+    changes: dict[str, Any] = {"strategy": layout.strategy}
+    if 1 < layout.shard < parallel.gpus * parallel.nodes:
+        changes["shard_size"] = layout.shard
+    if layout.offload:
+        changes["param_offload"] = True
+    settled = ParallelConfig.model_validate(parallel.model_dump() | changes)
+    rollout = config.rollout.model_copy(update={"engine": engine})
+    return config.model_copy(update={"parallel": settled, "rollout": rollout})
+
+
+def _demand(config: RunConfig, device: Device) -> Demand:
+    from lorl.policy.load import load_shape
+
+    demand, _ = demand_of(config, Shape.of(load_shape(config.model)))
+    if device.gpu is not None:
+        return demand
+    itemsize = 4 if config.model.dtype == "auto" else demand.itemsize
+    return replace(demand, itemsize=itemsize, recompute=demand.recompute is True)
+
+
+def _engines_here(device: Device) -> tuple[Engine, ...]:
+    from lorl.rollout.vllm import versions
+
+    return PLANNED if device.gpu is not None and versions.known() else ("torch",)
+
+
+def _why(plan: Plan, device: Device) -> str:
+    """The chosen layout, and what speaks for it or against ddp, the simplest one."""
+    each = "a process" if device.gpu is None else "a GPU"
+    room = f"{plan.memory.capacity / GIB:.1f} GiB {each}"
+    if plan.layout.strategy == "ddp":
+        lacks = "" if plan.fits else "; nothing fits, and this lacks least: `lorl plan` says what helps"
+        return f"ddp, which takes {_needed(plan)} of {room}{lacks}"
+    ddp = make_plan(plan.demand, Layout("ddp"), plan.cluster)
+    if ddp.fits:
+        return f"{plan.layout.name}, planned at {plan.seconds:.3g} s a step where ddp takes {ddp.seconds:.3g}"
+    lacks = "" if plan.fits else f"; nothing fits, and this lacks least ({_needed(plan)}): `lorl plan` says what helps"
+    return f"{plan.layout.name}, since ddp needs {_needed(ddp)} of {room}{lacks}"
+
+
+def _needed(plan: Plan) -> str:
+    held = plan.memory
+    return f"{max(held.peak, held.capacity + held.shortage) / GIB:.1f}"
