@@ -5,8 +5,8 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from lorl.config import RunConfig
+from lorl.parallel import sharding
 from lorl.parallel.group import Ranks
-from lorl.parallel.sharding import sharded_policy
 from lorl.policy.load import load_policy
 from lorl.rollout.torch_engine import TorchEngine
 from lorl.rollout.vllm import shared
@@ -29,8 +29,8 @@ def _worker(
 ) -> Worker:
     if group is None and shared.chosen(config):
         return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
-    if group is not None and config.parallel.strategy == "fsdp2":
-        policy = sharded_policy(config, tokenizer, group)
+    if group is not None and config.parallel.strategy in sharding.STRATEGIES:
+        policy = sharding.sharded_policy(config, tokenizer, group, tell)
     else:
         policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer)
     engine = TorchEngine(

@@ -22,6 +22,7 @@ from lorl.errors import DivergedError, InfrastructureError, LorlError, UserError
 from lorl.experience import COMPUTED, Completion, Experience
 from lorl.parallel.cluster import Cluster
 from lorl.parallel.rank import Rank
+from lorl.parallel.sharding import STRATEGIES
 from lorl.parallel.split import share_requests
 from lorl.parallel.workers import UpdateReport, WorkerState
 from lorl.rollout.engine import Request, Sampling
@@ -64,7 +65,7 @@ class RayWorkers:
                 ).remote(config, rank, os.getcwd())
             )
         kind = "GPUs" if room.cuda else "CPU processes"
-        holding = "a share of each layer" if parallel.strategy == "fsdp2" else "the whole base"
+        holding = "a share of each layer" if parallel.strategy in STRATEGIES else "the whole base"
         tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}")
         if room.cuda and config.rollout.engine == "auto":
             tell("rollout.engine=auto: several ranks sample with the embedded engine")

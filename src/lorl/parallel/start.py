@@ -9,6 +9,7 @@ from lorl.config import RunConfig
 from lorl.errors import UserError
 from lorl.parallel.cluster import set_environment
 from lorl.parallel.local import local_worker
+from lorl.parallel.sharding import STRATEGIES
 from lorl.parallel.workers import Workers
 
 
@@ -16,8 +17,6 @@ def check(config: RunConfig) -> None:
     """What can be said of parallel.* before anything loads. Raises UserError."""
     parallel = config.parallel
     ranks = parallel.gpus * parallel.nodes
-    if parallel.strategy == "fsdp":
-        raise UserError("parallel.strategy=fsdp: FSDP1 needs flat copies of what it shards; use fsdp2, its successor")
     if ranks == 1:
         return
     many = f"parallel.gpus={parallel.gpus} on parallel.nodes={parallel.nodes}"
@@ -27,8 +26,10 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"parallel.shard_size={parallel.shard_size} does not divide the {ranks} ranks of {many}; use a divisor"
         )
-    if parallel.strategy == "fsdp2" and config.adapter.dora:
-        raise UserError("adapter.dora reads whole weights, and parallel.strategy=fsdp2 keeps parts; use strategy=ddp")
+    if parallel.strategy in STRATEGIES and config.adapter.dora:
+        raise UserError(
+            f"adapter.dora reads whole weights, and parallel.strategy={parallel.strategy} keeps parts; use strategy=ddp"
+        )
     if config.rollout.engine == "vllm":
         raise UserError(f"rollout.engine=vllm samples in one process so far, and {many} are {ranks}; use engine=torch")
     if importlib.util.find_spec("ray") is None:
