@@ -34,6 +34,9 @@ class ModelConfig(Section):
         description="Keep only the layers' inputs for the backward pass and compute the layers again; auto: in passes "
         "that would not fit the GPU's memory otherwise",
     )
+    activation_offload: bool = Field(
+        default=False, description="What the layers keep for the backward pass waits for it in host memory"
+    )
     random_weights: bool = Field(
         default=False, description="Take only the model's shape from `path`: for measuring speed and memory"
     )
@@ -273,6 +276,13 @@ class ParallelConfig(Section):
     nodes: PositiveInt = 1
     shard_size: PositiveInt | None = Field(
         default=None, description="fsdp2, fsdp: ranks that hold one copy of the base among them; null: all"
+    )
+    param_offload: bool = Field(
+        default=False,
+        description="The base's layers lie in host memory; each is copied to the device as a pass comes to it",
+    )
+    optimizer_offload: bool = Field(
+        default=False, description="The optimizers' state lies in host memory between their steps"
     )
     microbatch_tokens: PositiveInt = Field(default=8192, description="Packed tokens in one forward and backward pass")
     threads: PositiveInt | None = Field(default=None, description="CPU threads of torch; null: all cores")

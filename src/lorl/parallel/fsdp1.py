@@ -12,22 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy
 from transformers import PreTrainedModel
 
 from lorl.parallel.weights import Source
 
 
-def shard(base: PreTrainedModel, source: Source, mesh: DeviceMesh, device: torch.device) -> None:
-    """Shards the layers of `base`, which is empty, over the last dimension of `mesh` [copies, shares], and fills it.
-    No rank holds more than its share, a layer, and what is not in layers."""
+def shard(base: PreTrainedModel, source: Source, mesh: DeviceMesh, device: torch.device, *, offload: bool) -> None:
+    """Shards the layers of `base`, which is empty, over the ranks of `mesh` [copy, fsdp], and fills it.
+    No rank holds more than its share
+    (`offload`: in host memory), a layer, and what is not in layers."""
     hybrid = mesh.size(0) > 1
     how: dict[str, Any] = {
-        "device_mesh": mesh if hybrid else mesh[mesh.mesh_dim_names[-1]],
+        "device_mesh": mesh if hybrid else mesh["fsdp"],
         "sharding_strategy": ShardingStrategy.HYBRID_SHARD if hybrid else ShardingStrategy.FULL_SHARD,
         "device_id": torch.cuda.current_device() if device.type == "cuda" else device,
         "use_orig_params": True,
         "forward_prefetch": True,
+        "cpu_offload": CPUOffload(offload_params=offload and device.type == "cuda"),  # it pins memory
     }
     decoder: Any = base.base_model
     names = {id(module): name for name, module in base.named_modules()}

@@ -8,6 +8,7 @@ from lorl.config import RunConfig
 from lorl.parallel import sharding
 from lorl.parallel.group import Ranks
 from lorl.policy.load import load_policy
+from lorl.policy.streaming import streamed_policy
 from lorl.rollout.torch_engine import TorchEngine
 from lorl.rollout.vllm import shared
 from lorl.worker import Worker
@@ -27,10 +28,12 @@ def local_worker(
 def _worker(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None], group: Ranks | None
 ) -> Worker:
-    if group is None and shared.chosen(config):
+    if group is None and not config.parallel.param_offload and shared.chosen(config):
         return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
     if group is not None and config.parallel.strategy in sharding.STRATEGIES:
         policy = sharding.sharded_policy(config, tokenizer, group, tell)
+    elif config.parallel.param_offload:
+        policy = streamed_policy(config, tokenizer)
     else:
         policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer)
     engine = TorchEngine(

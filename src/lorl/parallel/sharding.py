@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,10 +49,10 @@ def load_sharded(config: ModelConfig, parallel: ParallelConfig) -> tuple[PreTrai
     source = open_source(config, model, device, dtype)
     mesh = _mesh(device.type, parallel.shard_size)
     if parallel.strategy == "fsdp":
-        fsdp1.shard(model, source, mesh, device)
+        fsdp1.shard(model, source, mesh, device, offload=parallel.param_offload)
     else:
-        shard(model, mesh["fsdp"])
-        _load(model, source)
+        shard(model, mesh["fsdp"], offload=parallel.param_offload)
+        _load(model, source, offload=parallel.param_offload)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -60,18 +60,24 @@ def load_sharded(config: ModelConfig, parallel: ParallelConfig) -> tuple[PreTrai
     return model.eval(), source
 
 
-def shard(base: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shards the layers of `base` over the ranks of `mesh`."""
+def shard(base: PreTrainedModel, mesh: DeviceMesh, *, offload: bool) -> None:
+    """Shards the layers of `base` over the ranks of `mesh`; `offload`: into their host memory."""
     decoder: Any = base.base_model
+    how: dict[str, Any] = {"mesh": mesh}
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for layer in decoder.layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, **how)
     rest = {parameter for name, parameter in decoder.named_parameters() if not name.startswith("layers.")}
-    fully_shard(decoder, mesh=mesh, ignored_params=rest)  # the root: it gathers a layer ahead of the one that computes
+    fully_shard(decoder, **how, ignored_params=rest)  # the root: it gathers a layer ahead of the one that computes
 
 
-def _load(model: nn.Module, source: Source) -> None:
+def _load(model: nn.Module, source: Source, *, offload: bool) -> None:
     """Gives the sharded, empty `model` this rank's parts of its weights."""
-    state = {name: _part(parameter, name, source) for name, parameter in model.named_parameters()}
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        part = _part(parameter, name, source)
+        state[name] = part.cpu() if offload and isinstance(part, DTensor) else part
     left = model.load_state_dict(state, strict=False, assign=True)  # not strict: tied parameters have one name here
     assert not left.unexpected_keys
     model.requires_grad_(False)

@@ -17,6 +17,15 @@ def check(config: RunConfig) -> None:
     """What can be said of parallel.* before anything loads. Raises UserError."""
     parallel = config.parallel
     ranks = parallel.gpus * parallel.nodes
+    if parallel.param_offload and config.rollout.engine == "vllm":
+        raise UserError(
+            "rollout.engine=vllm reads the base on the device, parallel.param_offload=true keeps it in host memory; "
+            "use engine=torch"
+        )
+    if parallel.param_offload and config.adapter.dora:
+        raise UserError(
+            "adapter.dora reads whole weights, and parallel.param_offload=true keeps them in host memory; use one"
+        )
     if ranks == 1:
         return
     many = f"parallel.gpus={parallel.gpus} on parallel.nodes={parallel.nodes}"

@@ -85,7 +85,12 @@ def load_policy(
     base = load_base(model) if base is None else base
     peft = adapters.attach(base, TRAINED, adapter, seed)
     lora.fuse(peft)
-    layers.install(base, compiled=base.device.type == "cuda", recompute=model.gradient_checkpointing)
+    layers.install(
+        base,
+        compiled=base.device.type == "cuda",
+        recompute=model.gradient_checkpointing,
+        offload=model.activation_offload,
+    )
     policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED)
     policy.check_packing()
     return policy
