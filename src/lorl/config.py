@@ -37,6 +37,9 @@ class ModelConfig(Section):
     activation_offload: bool = Field(
         default=False, description="What the layers keep for the backward pass waits for it in host memory"
     )
+    use_shm: bool = Field(
+        default=False, description="Copy the model's files to /dev/shm, once a node, and load them from there"
+    )
     random_weights: bool = Field(
         default=False, description="Take only the model's shape from `path`: for measuring speed and memory"
     )

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_a_killed_rank_or_driver_ends_the_run_and_one_rank_goes_on_to_the_same_n
     keys = ["checkpoint.every_steps=1", "trainer.total_steps=10", "algorithm.kl_coef=0.05"]
     whole = forks.run(*command(tmp_path, tiny_model, *keys, name="whole"), cwd=tmp_path)
     assert whole.code == 0, whole
-    argv, run = command(tmp_path, tiny_model, *keys, name="r"), tmp_path / "runs/r"
+    argv, run = command(tmp_path, tiny_model, *keys, "model.use_shm=true", name="r"), tmp_path / "runs/r"
+    copies = Path(f"/dev/shm/lorl-{os.getuid()}")
 
     running = forks.start(*argv, "parallel.gpus=2", cwd=tmp_path)
     running.wait_for(lambda: steps_done(run) >= 2)
@@ -76,9 +78,11 @@ def test_a_killed_rank_or_driver_ends_the_run_and_one_rank_goes_on_to_the_same_n
     running = forks.start(*argv, "parallel.gpus=2", cwd=tmp_path)
     running.wait_for(lambda: steps_done(run) >= 4)
     cluster = processes_below(running)
+    assert list(copies.glob("*/model.safetensors"))
     running.signal(signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
     assert_gone(cluster)
+    assert not list(copies.glob("*/model.safetensors"))
 
     alone = forks.run(*argv, cwd=tmp_path)
     assert alone.code == 0, alone

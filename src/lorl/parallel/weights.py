@@ -17,8 +17,7 @@ from transformers.utils.hub import cached_file
 
 from lorl.config import ModelConfig
 from lorl.policy.checksums import fingerprint
-from lorl.policy.fetch import resolve
-from lorl.policy.load import load_base
+from lorl.policy.load import load_base, weights_path
 
 _MIB = 2**20
 
@@ -145,7 +144,7 @@ def checkpoint_files(config: ModelConfig) -> list[Path]:
 
 def _file(config: ModelConfig, name: str) -> Path | None:
     found = cached_file(
-        resolve(config.path), name, revision=config.revision, _raise_exceptions_for_missing_entries=False
+        weights_path(config), name, revision=config.revision, _raise_exceptions_for_missing_entries=False
     )
     return None if found is None else Path(found)
 
