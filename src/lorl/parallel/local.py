@@ -28,8 +28,10 @@ def local_worker(
 def _worker(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None], group: Ranks | None
 ) -> Worker:
-    if group is None and not config.parallel.param_offload and shared.chosen(config):
-        return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
+    if group is None and shared.chosen(config):
+        if not config.parallel.param_offload:
+            return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
+        tell("rollout.engine=auto: with parallel.param_offload the embedded engine samples")
     if group is not None and config.parallel.strategy in sharding.STRATEGIES:
         policy = sharding.sharded_policy(config, tokenizer, group, tell)
     elif config.parallel.param_offload:
