@@ -27,7 +27,7 @@ from lorl.config import RewardConfig  # noqa: E402
 from lorl.policy.load import TRAINED, load_policy  # noqa: E402
 from lorl.rewards.pool import RewardPool  # noqa: E402
 
-CASES = ("2:ddp", "3:ddp", "2:fsdp2", "3:fsdp2", "4:fsdp2:2")
+CASES = ("2:ddp", "3:ddp", "2:fsdp", "2:fsdp2", "3:fsdp2", "4:fsdp2:2")
 RESPONSE_TOKENS = 10
 STEPS = 3
 
@@ -71,7 +71,7 @@ def measure(
     adapter = sum(parameter.nbytes for parameter in policy.parameters(TRAINED).values())
     layers = sum(tensor.nbytes for name, tensor in policy.base_tensors().items() if ".layers." in name)
     whole = shard_size or ranks
-    gather = ranks // whole * (whole - 1) * layers if strategy == "fsdp2" else 0
+    gather = ranks // whole * (whole - 1) * layers if strategy != "ddp" else 0
     formula = {
         "generate": RESPONSE_TOKENS * gather,
         "logprobs": gather,

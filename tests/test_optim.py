@@ -48,3 +48,23 @@ def test_optimizer_state_survives_the_trip() -> None:
 
     with pytest.raises(UserError, match="does not fit"):
         load_optimizer_tensors(other, ["a", "c"], saved)
+
+
+def test_a_hosted_optimizer_takes_the_same_steps_and_keeps_its_checkpoints() -> None:
+    def stepped(hosted: bool) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
+        params = {"a": torch.nn.Parameter(torch.ones(3, 4)), "b": torch.nn.Parameter(torch.ones(5))}
+        optimizer = make_optimizer(params, OptimConfig(lr=0.1, weight_decay=0.01), hosted=hosted)
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in params.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+            if seed == 1:
+                load_optimizer_tensors(optimizer, list(params), optimizer_tensors(optimizer, list(params)))
+        return params, optimizer_tensors(optimizer, list(params))
+
+    (ours, our_state), (theirs, their_state) = stepped(True), stepped(False)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value)
+    assert our_state.keys() == their_state.keys()
+    assert all(torch.equal(value, their_state[name]) for name, value in our_state.items())

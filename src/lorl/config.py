@@ -34,6 +34,12 @@ class ModelConfig(Section):
         description="Keep only the layers' inputs for the backward pass and compute the layers again; auto: in passes "
         "that would not fit the GPU's memory otherwise",
     )
+    activation_offload: bool = Field(
+        default=False, description="What the layers keep for the backward pass waits for it in host memory"
+    )
+    use_shm: bool = Field(
+        default=False, description="Copy the model's files to /dev/shm, once a node, and load them from there"
+    )
     random_weights: bool = Field(
         default=False, description="Take only the model's shape from `path`: for measuring speed and memory"
     )
@@ -266,13 +272,20 @@ class ParallelConfig(Section):
 
     strategy: Literal["auto", "local", "ddp", "fsdp", "fsdp2"] = Field(
         default="auto",
-        description="local: this process, one device; ddp: the whole base on each GPU; fsdp2: a share of each layer; "
-        "auto: what the plan finds for the memory there is",
+        description="local: this process, one device; ddp: the whole base on each GPU; fsdp2 and fsdp: a share of "
+        "each layer, by torch's fully_shard or FullyShardedDataParallel; auto: what the plan finds for the memory",
     )
     gpus: PositiveInt = Field(default=1, description="Of each node; without CUDA it counts processes")
     nodes: PositiveInt = 1
     shard_size: PositiveInt | None = Field(
-        default=None, description="fsdp2: ranks that hold one copy of the base among them; null: all"
+        default=None, description="fsdp2, fsdp: ranks that hold one copy of the base among them; null: all"
+    )
+    param_offload: bool = Field(
+        default=False,
+        description="The base's layers lie in host memory; each is copied to the device as a pass comes to it",
+    )
+    optimizer_offload: bool = Field(
+        default=False, description="The optimizers' state lies in host memory between their steps"
     )
     sequence: PositiveInt = Field(
         default=1,

@@ -46,6 +46,7 @@ class Critic:
         self._optimizer = make_optimizer(
             self._parameters,
             OptimConfig(lr=own.lr, weight_decay=own.weight_decay, betas=config.optim.betas, eps=config.optim.eps),
+            hosted=config.parallel.optimizer_offload,
         )
 
     def values(self, experience: Experience) -> Tensor:

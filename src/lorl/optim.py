@@ -1,6 +1,7 @@
 """The optimizer over an adapter's masters, its learning-rate schedule, and its state as flat named tensors."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,36 @@ from lorl.config import OptimConfig
 from lorl.errors import UserError
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+class HostedAdamW(torch.optim.AdamW):
+    """AdamW whose state lies in host memory between steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter, state in self.state.items():
+            for name, value in state.items():
+                state[name] = value.to(parameter.device, non_blocking=True)
+        found = super().step(closure)
+        self.rest()
+        return found
+
+    def rest(self) -> None:
+        """Moves the state to the host."""
+        on_gpu = False
+        for state in self.state.values():
+            for name, value in state.items():
+                if value.is_cuda:
+                    host = torch.empty_like(value, device="cpu", pin_memory=True)
+                    state[name] = host.copy_(value, non_blocking=True)
+                    on_gpu = True
+        if on_gpu:
+            torch.cuda.synchronize()  # a checkpoint may read it at once
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], config: OptimConfig, *, hosted: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over `parameters`; `hosted`: with its state in host memory between steps."""
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(
+    return (HostedAdamW if hosted else torch.optim.AdamW)(
         list(parameters.values()),
         lr=config.lr,
         betas=(beta1, beta2),
@@ -53,3 +81,5 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
             raise UserError(f"the checkpoint's optimizer state {full!r} does not fit this run's adapter")
         device = parameter.device if key != "step" or value.device != parameter.device else value.device
         optimizer.state[parameter][key] = value.clone().to(device)
+    if isinstance(optimizer, HostedAdamW):
+        optimizer.rest()

@@ -31,7 +31,7 @@ class PolicyUpdate:
         self._reference = reference
         self._group = group
         self.parameters = policy.parameters(TRAINED)
-        self.optimizer = make_optimizer(self.parameters, config.optim)
+        self.optimizer = make_optimizer(self.parameters, config.optim, hosted=config.parallel.optimizer_offload)
 
     def run(self, experience: Experience, *, step: int, total_steps: int, kl_coef: float) -> UpdateReport:
         """All minibatches of all epochs.

@@ -30,6 +30,7 @@ from lorl import checkpoint
 from lorl.config import RunConfig
 from lorl.errors import InfrastructureError
 from lorl.interrupt import SUPERVISED
+from lorl.policy import shared_memory
 from lorl.rewards.processes import adopt_orphans, descendants, die_with, kill_all
 from lorl.run_folder import CHECKPOINTS, CONFIG, SUMMARY, path_for
 from lorl.tracking.console import Console
@@ -256,6 +257,7 @@ class _Supervisor:
                 with contextlib.suppress(ChildProcessError):  # below one of the others; ours at a later look
                     os.waitpid(pid, os.WNOHANG)
             time.sleep(0.01)
+        shared_memory.sweep()  # whoever would have done so was among them
 
 
 def _changed(path: Path) -> int | None:

@@ -34,6 +34,7 @@ ALGORITHMS = {
     "bypass": ["correction.preset=bypass_pg_is", "algorithm.minibatch_prompts=1"],
 }
 SHARDED = ["parallel.strategy=fsdp2"]
+FLAT = ["parallel.strategy=fsdp"]
 
 
 def trained(config: RunConfig, pool: RewardPool, steps: int = STEPS, until: int = STEPS) -> Path:
@@ -83,6 +84,10 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, pool: Rewa
         ("ppo", 3, SHARDED),
         ("full_kl", 2, SHARDED),
         ("bypass", 2, SHARDED),
+        ("grpo", 2, FLAT),
+        ("grpo", 4, [*FLAT, "parallel.shard_size=2"]),
+        ("ppo", 3, FLAT),
+        ("full_kl", 2, FLAT),
     ],
 )
 def test_every_number_of_ranks_and_strategy_trains_to_the_same_numbers(
@@ -99,7 +104,7 @@ def test_every_number_of_ranks_and_strategy_trains_to_the_same_numbers(
     assert_equal_runs(alone(algorithm), run, STEPS)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
 def test_ranks_without_work_wait_for_the_others(
     strategy: str, tiny_model: Path, tmp_path: Path, pool: RewardPool
 ) -> None:
@@ -111,7 +116,14 @@ def test_ranks_without_work_wait_for_the_others(
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [(["parallel.gpus=2", *SHARDED], []), ([], ["parallel.gpus=3"]), (["parallel.gpus=3"], SHARDED)]
+    ("first", "then"),
+    [
+        (["parallel.gpus=2", *SHARDED], []),
+        ([], ["parallel.gpus=3"]),
+        (["parallel.gpus=3"], [*SHARDED, "parallel.gpus=2"]),
+        (["parallel.gpus=2"], [*FLAT, "parallel.gpus=3"]),
+        (["parallel.gpus=2", *FLAT], ["parallel.gpus=2", "parallel.strategy=ddp"]),
+    ],
 )
 def test_a_checkpoint_goes_on_with_other_ranks_and_another_strategy(
     first: list[str],
@@ -122,7 +134,6 @@ def test_a_checkpoint_goes_on_with_other_ranks_and_another_strategy(
     pool: RewardPool,
 ) -> None:
     keys = ["optim.lr=3e-4", *ALGORITHMS["ppo"]]
-    then = [*then, "parallel.gpus=2"] if then == SHARDED else then
     trained(small_config(tiny_model, tmp_path, *keys, *first), pool, until=3)
     run = trained(small_config(tiny_model, tmp_path, *keys, *then), pool)
     assert_equal_runs(alone("ppo"), run, STEPS)
@@ -140,7 +151,7 @@ def test_dropout_differs_between_ranks_and_repeats(
     ).read_bytes()
 
 
-@pytest.mark.parametrize("keys", [[], SHARDED, ["parallel.gpus=4", "parallel.sequence=2"]])
+@pytest.mark.parametrize("keys", [[], SHARDED, FLAT, ["parallel.gpus=4", "parallel.sequence=2"]])
 def test_answers_are_scored_by_all_ranks(keys: list[str], tiny_model: Path, tmp_path: Path, pool: RewardPool) -> None:
     run = trained(
         small_config(tiny_model, tmp_path, "algorithm.advantage=gae", "critic.lr=1e-2", name="critic"), pool, 1, 1

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -40,17 +41,19 @@ def command(folder: Path, model: Path, *more: str, name: str) -> list[str]:
     return small_run(folder, model, "optim.lr=3e-4", f"trainer.total_steps={STEPS}", *more, name=name)
 
 
-def test_a_sharded_base_over_ray_trains_to_the_numbers_of_one_process(
+def test_sharded_bases_over_ray_train_to_the_numbers_of_one_process(
     forks: Forks, tiny_model: Path, tmp_path: Path
 ) -> None:
     keys = ["algorithm.advantage=gae", "critic.lr=1e-3", "algorithm.kl_coef=0.05"]
     one = forks.run(*command(tmp_path, tiny_model, *keys, name="one"), cwd=tmp_path)
     assert one.code == 0, one
-    spread = [*keys, "parallel.gpus=2", "parallel.strategy=fsdp2"]
-    many = forks.run(*command(tmp_path, tiny_model, *spread, name="many"), cwd=tmp_path)
-    assert many.code == 0, many
-    assert "2 ranks on CPU processes, each with a share of each layer" in many.out
-    assert_equal_runs(tmp_path / "runs/one", tmp_path / "runs/many", STEPS)
+    for strategy in ("fsdp", "fsdp2"):
+        spread = [*keys, "parallel.gpus=2", f"parallel.strategy={strategy}"]
+        many = forks.run(*command(tmp_path, tiny_model, *spread, name=strategy), cwd=tmp_path)
+        assert many.code == 0, many
+        assert "2 ranks on CPU processes, each with a share of each layer" in many.out
+        assert "MiB, by mapping it" in many.out
+        assert_equal_runs(tmp_path / "runs/one", tmp_path / "runs" / strategy, STEPS)
 
 
 def test_a_killed_rank_or_driver_ends_the_run_and_one_rank_goes_on_to_the_same_numbers(
@@ -59,7 +62,8 @@ def test_a_killed_rank_or_driver_ends_the_run_and_one_rank_goes_on_to_the_same_n
     keys = ["checkpoint.every_steps=1", "trainer.total_steps=10", "algorithm.kl_coef=0.05"]
     whole = forks.run(*command(tmp_path, tiny_model, *keys, name="whole"), cwd=tmp_path)
     assert whole.code == 0, whole
-    argv, run = command(tmp_path, tiny_model, *keys, name="r"), tmp_path / "runs/r"
+    argv, run = command(tmp_path, tiny_model, *keys, "model.use_shm=true", name="r"), tmp_path / "runs/r"
+    copies = Path(f"/dev/shm/lorl-{os.getuid()}")
 
     running = forks.start(*argv, "parallel.gpus=2", cwd=tmp_path)
     running.wait_for(lambda: steps_done(run) >= 2)
@@ -74,9 +78,11 @@ def test_a_killed_rank_or_driver_ends_the_run_and_one_rank_goes_on_to_the_same_n
     running = forks.start(*argv, "parallel.gpus=2", cwd=tmp_path)
     running.wait_for(lambda: steps_done(run) >= 4)
     cluster = processes_below(running)
+    assert list(copies.glob("*/model.safetensors"))
     running.signal(signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
     assert_gone(cluster)
+    assert not list(copies.glob("*/model.safetensors"))
 
     alone = forks.run(*argv, cwd=tmp_path)
     assert alone.code == 0, alone
@@ -106,7 +112,7 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name_and_the_call(
     [
         (["parallel.strategy=local"], "parallel.strategy=local"),
         (["rollout.engine=vllm"], "rollout.engine=vllm"),
-        (["parallel.strategy=fsdp"], "use fsdp2"),
+        (["parallel.strategy=fsdp", "adapter.dora=true"], "adapter.dora"),
         (["parallel.strategy=fsdp2", "parallel.shard_size=3"], "does not divide the 2 ranks"),
         (["parallel.strategy=fsdp2", "adapter.dora=true"], "adapter.dora"),
     ],

@@ -1,46 +1,121 @@
 """A sharded base: each rank holds its share of the layers, and together they hold the base."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from test_group import each
-from torch.distributed.tensor import DTensor
 
 from conftest import save_tiny_model
-from lorl.config import ModelConfig, ParallelConfig
+from lorl.config import AdapterConfig, ModelConfig, ParallelConfig
 from lorl.parallel.group import Ranks
 from lorl.parallel.sharding import load_sharded
 from lorl.policy.checksums import fingerprint
-from lorl.policy.load import load_base
+from lorl.policy.load import load_base, load_policy
+
+Strategy = Literal["fsdp", "fsdp2"]
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 @pytest.mark.parametrize(("ranks", "shard_size", "tied"), [(2, None, True), (3, None, False), (4, 2, True)])
 def test_ranks_hold_a_share_of_each_layer_and_the_whole_among_them(
-    ranks: int, shard_size: int | None, tied: bool, tmp_path: Path
+    strategy: Strategy, ranks: int, shard_size: int | None, tied: bool, tmp_path: Path
 ) -> None:
     model = ModelConfig(path=str(save_tiny_model(tmp_path / "model", tie_word_embeddings=tied)))
-    whole = dict(load_base(model).named_parameters())
+    whole = {name: value.detach() for name, value in load_base(model).named_parameters()}
 
     def work(group: Ranks) -> Any:
-        base, digest = load_sharded(model, ParallelConfig(gpus=ranks, shard_size=shard_size))
-        held, equal = 0, True
-        for name, parameter in base.named_parameters():
-            if isinstance(parameter, DTensor):
-                held += parameter.to_local().numel()
-                parameter = parameter.full_tensor()
-            equal &= bool((parameter == whole[name]).all())
-        names = {name for name, _ in base.named_parameters()}
-        group.gather("done", "done")
+        parallel = ParallelConfig(gpus=ranks, shard_size=shard_size, strategy=strategy)
+        base, source = load_sharded(model, parallel)
+        held = {name: local(value).detach().flatten() for name, value in base.named_parameters()}
+        save_file(held, tmp_path / f"{group.rank}.safetensors")
         dist.barrier()
-        return held, equal, digest, sorted(names)
+        return source.fingerprint
 
-    layers = sum(parameter.numel() for name, parameter in whole.items() if ".layers." in name)
-    found = each(ranks, tmp_path, work)
-    for held, equal, digest, names in found:
-        assert held <= layers / (shard_size or ranks) * 1.05
+    digests = each(ranks, tmp_path, work)
+    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
+    copy = found[: shard_size or ranks]  # the ranks that hold one copy among them
+    layers = sum(value.numel() for name, value in whole.items() if ".layers." in name)
+    assert digests == [fingerprint(whole)] * ranks
+    for held in found:
+        assert sum(part.numel() for name, part in held.items() if ".layers." in name) <= layers / len(copy) * 1.05
+        assert held.keys() == whole.keys()
+    for name, value in whole.items():
+        parts = [held[name] for held in copy]
+        assert torch.equal(torch.cat(parts) if ".layers." in name else parts[0], value.flatten()), name
+
+
+def local(parameter: Any) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_rank_reads_its_share_of_the_checkpoint_and_adapters_stay_whole_under_their_own_names(
+    strategy: Strategy, tmp_path: Path
+) -> None:
+    model = ModelConfig(path=str(save_tiny_model(tmp_path / "model", num_hidden_layers=4)))
+    adapter = AdapterConfig(rank=4)
+    whole = load_policy(model, adapter, seed=0)
+    shapes = {name: tuple(value.shape) for name, value in whole.parameters("policy").items()}
+    names = list(whole.base_tensors())
+
+    def work(group: Ranks) -> Any:
+        base, source = load_sharded(model, ParallelConfig(gpus=2, strategy=strategy))
+        policy = load_policy(model, adapter, seed=0, base=base)
+        found = {name: tuple(value.shape) for name, value in policy.parameters("policy").items()}
+        dist.barrier()
+        return source.bytes_read, found, list(policy.base_tensors()), policy.checksum("policy")  # type: ignore[attr-defined]
+
+    layers = sum(value.nbytes for name, value in whole.base_tensors().items() if ".layers." in name)
+    rest = sum(value.nbytes for name, value in whole.base_tensors().items() if ".layers." not in name)
+    for read, adapters, base_names, checksum in each(2, tmp_path, work):
+        assert read == rest + (layers if strategy == "fsdp" else layers // 2)  # fsdp: it cuts a layer that is whole
+        assert adapters == shapes
+        assert base_names == names
+        assert checksum == whole.checksum("policy")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_in_many_files_is_read_in_the_dtype_of_the_run(
+    dtype: Literal["float32", "bfloat16"], tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    load_base(ModelConfig(path=str(folder))).save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink()
+    model = ModelConfig(path=str(folder), dtype=dtype)
+    whole = {name: value.detach() for name, value in load_base(model).named_parameters()}
+
+    def work(group: Ranks) -> Any:
+        base, source = load_sharded(model, ParallelConfig(gpus=2, strategy="fsdp2"))
+        equal = all(torch.equal(value.full_tensor(), whole[name]) for name, value in base.named_parameters()
+                    if hasattr(value, "full_tensor"))  # fmt: skip
+        dist.barrier()
+        return equal, source.fingerprint, source.told()
+
+    for equal, digest, told in each(2, tmp_path, work):
         assert equal
-        assert digest == fingerprint({name: value.detach() for name, value in whole.items()})
-        assert names == sorted(whole)
-    assert sum(held for held, *_ in found) == layers * ranks / (shard_size or ranks)
+        assert digest == fingerprint(whole)
+        assert "by mapping it" in told
+
+
+def test_a_checkpoint_with_other_names_is_dealt_out_and_the_user_is_told(tmp_path: Path) -> None:
+    """transformers puts the head before names that a bare decoder was saved with."""
+    folder = save_tiny_model(tmp_path / "model")
+    whole = load_base(ModelConfig(path=str(folder)))
+    whole.base_model.save_pretrained(folder)
+    model = ModelConfig(path=str(folder))
+
+    def work(group: Ranks) -> Any:
+        base, source = load_sharded(model, ParallelConfig(gpus=2, strategy="fsdp2"))
+        layer: Any = base.get_parameter("model.layers.1.mlp.up_proj.weight")
+        equal = torch.equal(layer.full_tensor(), whole.get_parameter("model.layers.1.mlp.up_proj.weight"))
+        dist.barrier()
+        return equal, source.told()
+
+    for equal, told in each(2, tmp_path, work):
+        assert equal
+        assert "rank 0 read the whole base" in told
+        assert "the checkpoint has no tensor model.embed_tokens.weight" in told

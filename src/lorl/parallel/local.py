@@ -5,10 +5,11 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from lorl.config import RunConfig
+from lorl.parallel import sharding
 from lorl.parallel.group import Ranks
-from lorl.parallel.sharding import sharded_policy
 from lorl.parallel.ulysses import Ulysses
 from lorl.policy.load import load_policy
+from lorl.policy.streaming import streamed_policy
 from lorl.rollout.torch_engine import TorchEngine
 from lorl.rollout.vllm import shared
 from lorl.worker import Worker
@@ -29,9 +30,13 @@ def _worker(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None], group: Ranks | None
 ) -> Worker:
     if group is None and shared.chosen(config):
-        return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
-    if group is not None and config.parallel.strategy == "fsdp2":
-        policy = sharded_policy(config, tokenizer, group)
+        if not config.parallel.param_offload:
+            return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
+        tell("rollout.engine=auto: with parallel.param_offload the embedded engine samples")
+    if group is not None and config.parallel.strategy in sharding.STRATEGIES:
+        policy = sharding.sharded_policy(config, tokenizer, group, tell)
+    elif config.parallel.param_offload:
+        policy = streamed_policy(config, tokenizer)
     else:
         policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer)
     if group is not None and config.parallel.sequence > 1:

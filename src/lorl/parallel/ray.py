@@ -23,6 +23,7 @@ from lorl.experience import COMPUTED, Completion, Experience
 from lorl.parallel import auto
 from lorl.parallel.cluster import Cluster
 from lorl.parallel.rank import Rank
+from lorl.parallel.sharding import STRATEGIES
 from lorl.parallel.split import share_requests
 from lorl.parallel.workers import UpdateReport, WorkerState
 from lorl.rollout.engine import Request, Sampling
@@ -68,7 +69,7 @@ class RayWorkers:
             config = self._settle(config, tell)
             parallel = config.parallel
         kind = "GPUs" if room.cuda else "CPU processes"
-        holding = "a share of each layer" if parallel.strategy == "fsdp2" else "the whole base"
+        holding = "a share of each layer" if parallel.strategy in STRATEGIES else "the whole base"
         together = f"; {parallel.sequence} split each pass" if parallel.sequence > 1 else ""
         tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}{together}")
         if room.cuda and config.rollout.engine == "auto":

@@ -9,6 +9,7 @@ from lorl.config import RunConfig
 from lorl.errors import UserError
 from lorl.parallel.cluster import set_environment
 from lorl.parallel.local import local_worker
+from lorl.parallel.sharding import STRATEGIES
 from lorl.parallel.ulysses import check_ranks, check_shape
 from lorl.parallel.workers import Workers
 
@@ -29,9 +30,16 @@ def check_combination(config: RunConfig) -> None:
     (`lorl.parallel.auto`). Raises UserError."""
     parallel = config.parallel
     ranks = parallel.gpus * parallel.nodes
-    if parallel.strategy == "fsdp":
-        raise UserError("parallel.strategy=fsdp: FSDP1 needs flat copies of what it shards; use fsdp2, its successor")
     check_ranks(config)
+    if parallel.param_offload and config.rollout.engine == "vllm":
+        raise UserError(
+            "rollout.engine=vllm reads the base on the device, parallel.param_offload=true keeps it in host memory; "
+            "use engine=torch"
+        )
+    if parallel.param_offload and config.adapter.dora:
+        raise UserError(
+            "adapter.dora reads whole weights, and parallel.param_offload=true keeps them in host memory; use one"
+        )
     if ranks == 1:
         return
     many = f"parallel.gpus={parallel.gpus} on parallel.nodes={parallel.nodes}"
@@ -41,8 +49,10 @@ def check_combination(config: RunConfig) -> None:
         raise UserError(
             f"parallel.shard_size={parallel.shard_size} does not divide the {ranks} ranks of {many}; use a divisor"
         )
-    if parallel.strategy == "fsdp2" and config.adapter.dora:
-        raise UserError("adapter.dora reads whole weights, and parallel.strategy=fsdp2 keeps parts; use strategy=ddp")
+    if parallel.strategy in STRATEGIES and config.adapter.dora:
+        raise UserError(
+            f"adapter.dora reads whole weights, and parallel.strategy={parallel.strategy} keeps parts; use strategy=ddp"
+        )
     if config.rollout.engine == "vllm":
         raise UserError(f"rollout.engine=vllm samples in one process so far, and {many} are {ranks}; use engine=torch")
 

@@ -1,7 +1,7 @@
 """Ends what a run's Ray cluster leaves behind when the run is killed: Ray's own agents outlive a driver's SIGKILL.
 
 `python -m lorl.parallel.watcher` reads process ids from its standard input, which the kernel closes whatever becomes of
-the run. It then kills those that are left.
+the run. It then kills those that are left, and removes what they had in shared memory.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import sys
 import time
 
 import psutil
+
+from lorl.policy.shared_memory import sweep
 
 GRACE_S = 1.0  # for what ends by itself
 DEADLINE_S = 30.0
@@ -32,6 +34,7 @@ def main() -> None:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
         time.sleep(TICK_S)
+    sweep()
 
 
 def _lives(process: psutil.Process) -> bool:

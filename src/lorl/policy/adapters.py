@@ -31,6 +31,7 @@ def attach(model: PreTrainedModel, name: str, config: AdapterConfig, seed: int) 
         except ValueError as error:  # what else peft refuses, in its words
             raise UserError(f"adapter: {_first_sentence(error)}") from None
     assert isinstance(peft, PeftModel)
+    _place(peft, name)
     if config.path:
         load_tensors(peft, name, read_tensors(Path(config.path)), str(config.path))
     return peft
@@ -45,6 +46,7 @@ def attach_copy(peft: PeftModel, source: str, name: str) -> None:
     """Adds a frozen copy of adapter `source` under `name`."""
     tensors = {key: value.clone() for key, value in get_peft_model_state_dict(peft, adapter_name=source).items()}
     peft.add_adapter(name, LoraConfig(**_config_fields(peft.peft_config[source].to_dict())))
+    _place(peft, name)
     load_tensors(peft, name, tensors, f"adapter {source!r}")
 
 
@@ -67,6 +69,7 @@ def add(peft: PeftModel, name: str, lora: LoraConfig, seed: int) -> None:
             peft.add_adapter(name, lora)
         except ValueError as error:  # what else peft refuses, in its words
             raise UserError(f"adapter {name!r}: {_first_sentence(error)}") from None
+    _place(peft, name)
 
 
 def like(lora: LoraConfig, *, rank: int | None, alpha: float | None, targets: str | list[str] | None) -> LoraConfig:
@@ -154,6 +157,14 @@ def config_dict(peft: PeftModel, name: str) -> dict[str, Any]:
     raw = peft.peft_config[name].to_dict()
     raw["inference_mode"] = True
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(raw.items())}
+
+
+def _place(peft: PeftModel, name: str) -> None:
+    """Moves adapter `name` to where the base computes: peft puts it beside weights, which may lie in host memory."""
+    device = next(peft.get_base_model().parameters()).device
+    for key, parameter in peft.named_parameters():
+        if "lora_" in key and f".{name}." in key and parameter.device != device:
+            parameter.data = parameter.data.to(device)
 
 
 def _fresh_config(config: AdapterConfig) -> LoraConfig:

@@ -30,12 +30,12 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Tells bases apart without reading them whole: names, shapes and the ends of every tensor."""
+def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Tells bases apart without reading them whole: names, shapes and the ends of every tensor (as if of `dtype`)."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         flat = tensors[name].reshape(-1)
-        ends = torch.cat([flat[:16], flat[-16:]]).float().cpu()
+        ends = torch.cat([flat[:16], flat[-16:]]).to(dtype or flat.dtype).float().cpu()
         digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
         digest.update(ends.numpy().tobytes())
     return digest.hexdigest()

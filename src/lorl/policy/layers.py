@@ -6,6 +6,7 @@ short passes run as they are: compiling would cost more than it saves.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from lorl.policy import activations
 from lorl.policy.attention import ForestAttention
 
 MIN_TOKENS = 512  # shorter passes are not compiled
@@ -25,23 +27,26 @@ _SPARE = 0.8  # share of the free memory that kept activations may take before l
 logger = logging.get_logger(__name__)
 
 
-def install(model: PreTrainedModel, *, compiled: bool, recompute: bool | Literal["auto"]) -> None:
+def install(
+    model: PreTrainedModel, *, compiled: bool, recompute: bool | Literal["auto"], offload: bool = False
+) -> None:
     """Makes every layer of `model`'s decoder run as this module says.
 
     Args:
         compiled: Compile training and scoring passes over forests; for GPUs.
         recompute: Whether training keeps only each layer's input and computes the layer again in the backward pass
             (gradient checkpointing); "auto": in passes on a GPU whose activations would not fit its free memory.
+        offload: Whether what training keeps of a layer goes to host memory.
     """
     if recompute == "auto" and model.device.type != "cuda":
         recompute = False
-    if not (compiled or recompute):
+    if not (compiled or recompute or offload):
         return
     if compiled:
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
     decoder: Any = model.base_model
-    stack = _Stack(model, compiled, recompute)
+    stack = _Stack(model, compiled, recompute, offload)
     for index, layer in enumerate(decoder.layers):
         layer.forward = _runner(layer, stack, first=index == 0)
 
@@ -49,8 +54,11 @@ def install(model: PreTrainedModel, *, compiled: bool, recompute: bool | Literal
 class _Stack:
     """What the layers of one decoder have in common."""
 
-    def __init__(self, model: PreTrainedModel, compiled: bool, recompute: bool | Literal["auto"]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, compiled: bool, recompute: bool | Literal["auto"], offload: bool
+    ) -> None:
         self.compiled = compiled
+        self.offload = offload
         self._recompute = recompute
         self._kept_per_token = _kept_bytes(model.config.get_text_config(), model.dtype.itemsize)
         self._crowded = False
@@ -89,9 +97,14 @@ def _runner(layer: nn.Module, stack: _Stack, *, first: bool) -> Callable[..., An
             return run(hidden, *args, **kwargs)
         if stack.compiled and not hidden.requires_grad:  # embeddings: else the first layer would be compiled apart
             hidden = hidden.detach().requires_grad_()
-        if stack.recomputes(hidden, first=first):
-            return checkpoint(run, hidden, *args, use_reentrant=False, **kwargs)
-        return run(hidden, *args, **kwargs)
+        with _keeping(hidden, args, kwargs) if stack.offload else nullcontext():
+            if stack.recomputes(hidden, first=first):
+                return checkpoint(run, hidden, *args, use_reentrant=False, **kwargs)
+            return run(hidden, *args, **kwargs)
+
+    def _keeping(hidden: Tensor, *shared: Any) -> Any:
+        given = (leaf for leaf in tree_leaves(shared) if isinstance(leaf, Tensor))
+        return activations.on_host(hidden.shape[1], (*layer.parameters(), *given))
 
     return forward
 

@@ -1,5 +1,7 @@
 """From configuration to a policy in memory."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import UserError
-from lorl.policy import adapters, attention, layers, lora
+from lorl.policy import adapters, attention, layers, lora, shared_memory
 from lorl.policy.fetch import resolve
 from lorl.policy.policy import Policy
 
@@ -37,9 +39,22 @@ def load_shape(config: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
+def weights_path(config: ModelConfig) -> str:
+    """`resolve(config.path)`, or its copy in shared memory where `config` asks for one."""
+    path = resolve(config.path, weights=not config.random_weights)
+    if not config.use_shm or config.random_weights:
+        return path
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+
+        with _model_errors(config):
+            path = snapshot_download(path, revision=config.revision, allow_patterns=list(shared_memory.WANTED))
+    return str(shared_memory.shared(Path(path)))
+
+
 def load_base(config: ModelConfig) -> PreTrainedModel:
     """The frozen base on its device, with lorl's attention plugged in."""
-    path = resolve(config.path, weights=not config.random_weights)
+    path = weights_path(config)
     device = pick_device(config)
     dtype = pick_dtype(config, device)
     with _model_errors(config):
@@ -52,6 +67,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             dtype=dtype,
             attn_implementation=attention.NAME,
         )
+    model.name_or_path = resolve(config.path)  # adapters are saved with it
     model.requires_grad_(False)
     return model.to(device).eval()
 
@@ -92,7 +108,12 @@ def load_policy(
     base = load_base(model) if base is None else base
     peft = adapters.attach(base, TRAINED, adapter, seed)
     lora.fuse(peft)
-    layers.install(base, compiled=base.device.type == "cuda", recompute=model.gradient_checkpointing)
+    layers.install(
+        base,
+        compiled=base.device.type == "cuda",
+        recompute=model.gradient_checkpointing,
+        offload=model.activation_offload,
+    )
     policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED)
     policy.check_packing()
     return policy

@@ -70,7 +70,7 @@ ROWS: tuple[Row, ...] = (
     unused(f"{_VLLM}.max_lora_rank", Count, 16, "the smallest of vLLM's ranks that holds the adapter's"),
     unused(f"{_ROLLOUT}.load_format",
            Literal["dummy", "safetensors", "auto", "hf", "dummy_hf", "dummy_dtensor", "dummy_megatron"], "dummy", SYNC),
-    unused(f"{_ROLLOUT}.layered_summon", bool, False, SYNC),
+    unused(f"{_ROLLOUT}.layered_summon", bool, False, "adapters are whole on every rank: a publish gathers nothing"),
     unused(f"{_ROLLOUT}.dtype", Literal["bfloat16", "float32", "auto"], "bfloat16", "the base's own type, model.dtype"),
     unused(f"{_ROLLOUT}.calculate_log_probs", bool, True, "the engine's log-probabilities are always kept"),
     refused(f"{_ROLLOUT}.logprobs_mode", str | None, "processed_logprobs",

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from lorl.config import RunConfig
 from lorl.errors import InfrastructureError, UserError
-from lorl.policy.fetch import resolve
+from lorl.policy.load import weights_path
 from lorl.rollout.vllm.versions import Inside, prepare
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has kernels for; a slot of the next larger one is taken
@@ -43,7 +43,7 @@ def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Sh
     prepare(cpu=device.type == "cpu")
     from vllm import EngineArgs, LLMEngine  # pyright: ignore[reportMissingImports]
 
-    rollout, path = config.rollout, resolve(config.model.path, weights=not config.model.random_weights)
+    rollout, path = config.rollout, weights_path(config.model)
     batched = rollout.max_batched_tokens or max(8192, rollout.max_concurrent)
     arguments: dict[str, Any] = {
         "model": path,
