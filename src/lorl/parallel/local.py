@@ -27,9 +27,10 @@ def local_worker(
 def _worker(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None], group: Ranks | None
 ) -> Worker:
-    if group is None and shared.chosen(config):
-        return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
-    if group is not None and config.parallel.strategy == "fsdp2":
+    in_parts = group is not None and config.parallel.strategy == "fsdp2"
+    if not in_parts and shared.chosen(config):  # with ddp each rank has an engine of its own
+        return Worker(config, *shared.policy_and_engine(config, tokenizer, tell), group)
+    if group is not None and in_parts:
         policy = sharded_policy(config, tokenizer, group)
     else:
         policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer)

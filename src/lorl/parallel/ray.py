@@ -66,8 +66,8 @@ class RayWorkers:
         kind = "GPUs" if room.cuda else "CPU processes"
         holding = "a share of each layer" if parallel.strategy == "fsdp2" else "the whole base"
         tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}")
-        if room.cuda and config.rollout.engine == "auto":
-            tell("rollout.engine=auto: several ranks sample with the embedded engine")
+        if room.cuda and config.rollout.engine == "auto" and parallel.strategy == "fsdp2":
+            tell("rollout.engine=auto: ranks with parts of the base sample with the embedded engine")
         ((host, port),) = self._get([self._ranks[0].listen.remote()], "starting")
         for note in self._all("join", host, port, doing="loading")[0]:
             tell(note)

@@ -10,6 +10,7 @@ from lorl.errors import UserError
 from lorl.parallel.cluster import set_environment
 from lorl.parallel.local import local_worker
 from lorl.parallel.workers import Workers
+from lorl.rollout.vllm import versions
 
 
 def check(config: RunConfig) -> None:
@@ -30,7 +31,12 @@ def check(config: RunConfig) -> None:
     if parallel.strategy == "fsdp2" and config.adapter.dora:
         raise UserError("adapter.dora reads whole weights, and parallel.strategy=fsdp2 keeps parts; use strategy=ddp")
     if config.rollout.engine == "vllm":
-        raise UserError(f"rollout.engine=vllm samples in one process so far, and {many} are {ranks}; use engine=torch")
+        if parallel.strategy == "fsdp2":
+            raise UserError(
+                "rollout.engine=vllm reads a whole base, and parallel.strategy=fsdp2 keeps parts; use strategy=ddp, or "
+                "engine=torch"
+            )
+        versions.check()
     if importlib.util.find_spec("ray") is None:
         raise UserError(f"{many} needs Ray, which is not installed: pip install 'lorl[ray]', or set both to 1")
 

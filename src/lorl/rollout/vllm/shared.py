@@ -114,10 +114,8 @@ def _shape(
     max_tokens = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, _PROOF_TOKENS)
     smallest = kv_bytes_per_token(text, dtype.itemsize) * (max_tokens + 512)
     fraction = config.rollout.memory_fraction
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    free, total = _memory(device, config.parallel.gpus)
+    if device.type == "cpu":
         fraction = fraction or max(min(0.4, _CPU_KV_BYTES / total), smallest / total)
     tree = config.data.max_prompt_tokens + config.rollout.n * config.rollout.max_response_tokens
     recompute = config.model.gradient_checkpointing
@@ -152,6 +150,13 @@ def _shape(
         can_rest=found.rests,
     )
     return shape, found.rests
+
+
+def _memory(device: torch.device, ranks: int) -> tuple[int, int]:
+    """Bytes, free and in all, of this rank's own device or its part of what the `ranks` of this machine share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    return psutil.virtual_memory().available // ranks, psutil.virtual_memory().total // ranks
 
 
 def _relaunch(start: Callable[..., Inside], kept: Mapping[str, Tensor]) -> Inside:

@@ -7,9 +7,11 @@ by counted randomness. So the places are collected here, and a version that nobo
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from packaging.version import Version
 
@@ -129,7 +131,8 @@ class Inside:
         """Ends the engine. On the CPU the KV cache's memory is free after it, whoever still refers to it; on a GPU it
         belongs to a pool of vLLM's and goes with the last reference."""
         caches = self.kv_caches()
-        self.engine.engine_core.shutdown()
+        with _process_groups_kept():
+            self.engine.engine_core.shutdown()
         for cache in caches:
             if cache.device.type == "cpu":
                 cache.untyped_storage().resize_(0)
@@ -154,3 +157,17 @@ class Inside:
     def sequence_lengths(self, rows: int) -> "Tensor":
         """int32[rows], on the device: tokens of each row once the running step is done."""
         return self.runner.seq_lens[:rows]
+
+
+@contextmanager
+def _process_groups_kept() -> Iterator[None]:
+    """Inside, an engine that ends leaves torch.distributed's groups to the other ranks, where there are any: the default
+    one is lorl's, and making vLLM's own anew would take all ranks."""
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
+
+    with ExitStack() as stack:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for name in ("destroy_model_parallel", "destroy_distributed_environment"):
+                stack.enter_context(patch.object(parallel_state, name, lambda: None))
+        yield
