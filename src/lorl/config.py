@@ -264,15 +264,15 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """How the work is spread."""
 
-    strategy: Literal["auto", "local", "ddp", "fsdp", "fsdp2"] = Field(
+    strategy: Literal["auto", "local", "ddp", "fsdp", "fsdp2", "shared"] = Field(
         default="auto",
         description="local: this process, one device; ddp: the whole base on each GPU; fsdp2: a share of each layer; "
-        "auto: ddp",
+        "shared: the parts that one tensor-parallel vLLM holds; auto: ddp",
     )
     gpus: PositiveInt = Field(default=1, description="Of each node; without CUDA it counts processes")
     nodes: PositiveInt = 1
     shard_size: PositiveInt | None = Field(
-        default=None, description="fsdp2: ranks that hold one copy of the base among them; null: all"
+        default=None, description="fsdp2, shared: ranks that hold one copy of the base among them; null: all"
     )
     microbatch_tokens: PositiveInt = Field(default=8192, description="Packed tokens in one forward and backward pass")
     threads: PositiveInt | None = Field(default=None, description="CPU threads of torch; null: all cores")

@@ -105,7 +105,9 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name_and_the_call(
     ("keys", "words"),
     [
         (["parallel.strategy=local"], "parallel.strategy=local"),
-        (["parallel.strategy=fsdp2", "rollout.engine=vllm"], "rollout.engine=vllm reads a whole base"),
+        (["parallel.strategy=fsdp2", "rollout.engine=vllm"], "use strategy=shared"),
+        (["parallel.strategy=shared", "adapter.dora=true"], "adapter.dora"),
+        (["parallel.strategy=shared", "rollout.adapter_mode=fold"], "rollout.adapter_mode=fold"),
         (["parallel.strategy=fsdp"], "use fsdp2"),
         (["parallel.strategy=fsdp2", "parallel.shard_size=3"], "does not divide the 2 ranks"),
         (["parallel.strategy=fsdp2", "adapter.dora=true"], "adapter.dora"),

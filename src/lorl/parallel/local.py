@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from lorl.config import RunConfig
 from lorl.parallel.group import Ranks
 from lorl.parallel.sharding import sharded_policy
+from lorl.parallel.shared import policy_and_engine
 from lorl.policy.load import load_policy
 from lorl.rollout.torch_engine import TorchEngine
 from lorl.rollout.vllm import shared
@@ -27,6 +28,8 @@ def local_worker(
 def _worker(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None], group: Ranks | None
 ) -> Worker:
+    if group is not None and config.parallel.strategy == "shared":
+        return Worker(config, *policy_and_engine(config, tokenizer, tell, group), group)
     in_parts = group is not None and config.parallel.strategy == "fsdp2"
     if not in_parts and shared.chosen(config):  # with ddp each rank has an engine of its own
         return Worker(config, *shared.policy_and_engine(config, tokenizer, tell), group)

@@ -64,7 +64,7 @@ class RayWorkers:
                 ).remote(config, rank, os.getcwd())
             )
         kind = "GPUs" if room.cuda else "CPU processes"
-        holding = "a share of each layer" if parallel.strategy == "fsdp2" else "the whole base"
+        holding = "a share of each layer" if parallel.strategy in ("fsdp2", "shared") else "the whole base"
         tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}")
         if room.cuda and config.rollout.engine == "auto" and parallel.strategy == "fsdp2":
             tell("rollout.engine=auto: ranks with parts of the base sample with the embedded engine")

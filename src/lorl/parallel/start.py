@@ -28,13 +28,20 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"parallel.shard_size={parallel.shard_size} does not divide the {ranks} ranks of {many}; use a divisor"
         )
-    if parallel.strategy == "fsdp2" and config.adapter.dora:
-        raise UserError("adapter.dora reads whole weights, and parallel.strategy=fsdp2 keeps parts; use strategy=ddp")
+    if parallel.strategy in ("fsdp2", "shared") and config.adapter.dora:
+        raise UserError(
+            f"adapter.dora reads whole weights, and parallel.strategy={parallel.strategy} keeps parts; use strategy=ddp"
+        )
+    if parallel.strategy == "shared" and config.rollout.adapter_mode == "fold":
+        raise UserError(
+            "rollout.adapter_mode=fold writes into whole weights, and parallel.strategy=shared keeps parts; use "
+            "adapter_mode=adapter, or strategy=ddp"
+        )
     if config.rollout.engine == "vllm":
         if parallel.strategy == "fsdp2":
             raise UserError(
-                "rollout.engine=vllm reads a whole base, and parallel.strategy=fsdp2 keeps parts; use strategy=ddp, or "
-                "engine=torch"
+                "rollout.engine=vllm has no use for the parts that parallel.strategy=fsdp2 keeps; use strategy=shared, "
+                "whose parts are vLLM's own, or engine=torch"
             )
         versions.check()
     if importlib.util.find_spec("ray") is None:
