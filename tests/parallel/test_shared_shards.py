@@ -1,6 +1,5 @@
 """A base in tensor-parallel parts: what each rank holds, what a pass gathers and lets go, and equal numbers."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def test_ranks_hold_a_part_each_and_a_pass_leaves_nothing_gathered(
         equal = [torch.equal(ours, theirs) for ours, theirs in zip(read(policy), expected, strict=True)]
         after = base.gathered_bytes
         dist.barrier()
-        return base.held_bytes, at_rest, after, base.fingerprint, equal
+        return base.held_bytes, at_rest, after, base.fingerprint(), equal
 
     matrices = sum(value.nbytes for value in named.values() if value.dim() == 2)
     vectors = sum(value.nbytes for value in named.values() if value.dim() == 1)

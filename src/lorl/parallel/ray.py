@@ -73,6 +73,7 @@ class RayWorkers:
             tell(note)
         cluster.watch()
         (self._reference,) = self._get([self._ranks[0].reference.remote()], "starting")
+        (self._per_engine,) = self._get([self._ranks[0].ranks_per_engine.remote()], "starting")
 
     @property
     def reference(self) -> str | None:
@@ -82,7 +83,8 @@ class RayWorkers:
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
     ) -> Generator[Completion]:
         streams: dict[Any, int] = {}  # Ray's generators of references, and the rank that each comes from
-        asked = share_requests(requests, sampling.max_tokens, len(self._ranks))
+        asked = share_requests(requests, sampling.max_tokens, len(self._ranks) // self._per_engine)
+        asked = [part for part in asked for _ in range(self._per_engine)]
         for rank, part in enumerate(asked):
             stream = self._ranks[rank].generate.options(num_returns="streaming")
             streams[stream.remote(part.requests, sampling, adapter)] = rank

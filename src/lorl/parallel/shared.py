@@ -33,7 +33,8 @@ def ranks_per_engine(config: RunConfig) -> int:
 
 def shard_size(config: RunConfig) -> int:
     """Ranks that hold a copy of the base among them."""
-    return config.parallel.shard_size or config.parallel.gpus * config.parallel.nodes
+    ranks = config.parallel.gpus * config.parallel.nodes
+    return min(config.parallel.shard_size or ranks, ranks)
 
 
 def policy_and_engine(
@@ -47,7 +48,7 @@ def policy_and_engine(
     else:
         model, base = load_cut(config.model, sharers)
         policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer, base=model)
-        policy.fingerprint = base.fingerprint
+        policy.fingerprint = base.fingerprint()
         engine = TorchEngine(
             policy, max_concurrent=config.rollout.max_concurrent, memory_fraction=config.rollout.memory_fraction
         )

@@ -72,11 +72,13 @@ class Sharers:
     Attributes:
         rank: of this process among them, 0 .. size-1.
         size: how many they are.
+        ranks: their ranks in the run.
     """
 
     def __init__(self, group: dist.ProcessGroup, limit_s: float) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.ranks = dist.get_process_group_ranks(group)
         self._group = group
         self._limit_s = limit_s
 
@@ -96,9 +98,10 @@ class Sharers:
             else:
                 work.wait()
         except RuntimeError as error:
+            waited = time.monotonic() - started
+            reason = str(error).splitlines()[0][:200]
             raise InfrastructureError(
-                f"rank {dist.get_rank()} waited {time.monotonic() - started:.1f} s for the other ranks' parts of {what}: "
-                f"{str(error).splitlines()[0][:200]}"
+                f"rank {dist.get_rank()} waited {waited:.1f} s for the other ranks' parts of {what}: {reason}"
             ) from None
 
     def values(self, value: int, what: str) -> list[int]:
@@ -185,7 +188,6 @@ class ShardedBase:
 
     Attributes:
         decoder: of `model`, without its head.
-        fingerprint: `lorl.policy.checksums.fingerprint` of the whole.
     """
 
     def __init__(self, model: PreTrainedModel, shards: Mapping[str, Shard], sharers: Sharers) -> None:
@@ -212,7 +214,6 @@ class ShardedBase:
         for name, parameter in self._parameters.items():
             if shards[name].dim is not None and id(parameter) not in reached:
                 raise CannotBindError(f"{name} is in parts, and lies outside the layers, the embedding and the head")
-        self.fingerprint = self._read_fingerprint()
 
     @property
     def held_bytes(self) -> int:
@@ -223,6 +224,21 @@ class ShardedBase:
     def gathered_bytes(self) -> int:
         """Of what is gathered at the moment, or on its way."""
         return sum(unit.gathered_bytes for unit in self._units())
+
+    def fingerprint(self) -> str:
+        """`lorl.policy.checksums.fingerprint` of the whole. All ranks call it at the same time."""
+        found = {
+            name: (tuple(parameter.shape), ends(parameter.data))
+            for name, parameter in self._parameters.items()
+            if self._shards[name].dim is None
+        }
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        for unit in self._units():
+            unit.gather()
+            for parameter, _ in unit.parts:
+                found[names[id(parameter)]] = (tuple(parameter.shape), ends(parameter.data))
+            unit.free()
+        return fingerprint_of(found)
 
     def free(self) -> None:
         """Drops all that is gathered: what an engine needs between passes."""
@@ -285,20 +301,6 @@ class ShardedBase:
     def _end_backward(self) -> None:
         self._backward = False
         self.free()
-
-    def _read_fingerprint(self) -> str:
-        found = {
-            name: (tuple(parameter.shape), ends(parameter.data))
-            for name, parameter in self._parameters.items()
-            if self._shards[name].dim is None
-        }
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
-        for unit in self._units():
-            unit.gather()
-            for parameter, _ in unit.parts:
-                found[names[id(parameter)]] = (tuple(parameter.shape), ends(parameter.data))
-            unit.free()
-        return fingerprint_of(found)
 
 
 def _materialised(model: PreTrainedModel, shards: Mapping[str, Shard]) -> dict[str, nn.Parameter]:

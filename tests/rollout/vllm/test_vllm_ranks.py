@@ -56,3 +56,11 @@ def test_ranks_with_an_engine_each_train_to_the_numbers_of_one(model: Path, tmp_
     many = trained(model, tmp_path, pool, "rollout.adapter_mode=adapter", "parallel.gpus=2", name="many")
     one = trained(model, tmp_path, pool, "rollout.adapter_mode=adapter", name="one")
     assert_equal_runs(one, many, STEPS)
+
+
+def test_ranks_that_share_one_engines_parts_train_to_the_numbers_of_one_process(
+    model: Path, tmp_path: Path, pool: RewardPool
+) -> None:
+    many = trained(model, tmp_path, pool, "parallel.strategy=shared", "parallel.gpus=2", name="many")
+    one = trained(model, tmp_path, pool, "rollout.adapter_mode=adapter", name="one")
+    assert_equal_runs(one, many, STEPS)

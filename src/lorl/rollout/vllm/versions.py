@@ -161,8 +161,8 @@ class Inside:
 
 @contextmanager
 def _process_groups_kept() -> Iterator[None]:
-    """Inside, an engine that ends leaves torch.distributed's groups to the other ranks, where there are any: the default
-    one is lorl's, and making vLLM's own anew would take all ranks."""
+    """Inside, an engine that ends leaves torch.distributed's groups alone where there are other ranks: the default one
+    is lorl's, and making vLLM's own anew would take all of them."""
     import torch.distributed as dist
     from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
 
