@@ -40,13 +40,14 @@ def command(folder: Path, model: Path, *more: str, name: str) -> list[str]:
     return small_run(folder, model, "optim.lr=3e-4", f"trainer.total_steps={STEPS}", *more, name=name)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "shared"])
 def test_a_sharded_base_over_ray_trains_to_the_numbers_of_one_process(
-    forks: Forks, tiny_model: Path, tmp_path: Path
+    strategy: str, forks: Forks, tiny_model: Path, tmp_path: Path
 ) -> None:
     keys = ["algorithm.advantage=gae", "critic.lr=1e-3", "algorithm.kl_coef=0.05"]
     one = forks.run(*command(tmp_path, tiny_model, *keys, name="one"), cwd=tmp_path)
     assert one.code == 0, one
-    spread = [*keys, "parallel.gpus=2", "parallel.strategy=fsdp2"]
+    spread = [*keys, "parallel.gpus=2", f"parallel.strategy={strategy}"]
     many = forks.run(*command(tmp_path, tiny_model, *spread, name="many"), cwd=tmp_path)
     assert many.code == 0, many
     assert "2 ranks on CPU processes, each with a share of each layer" in many.out

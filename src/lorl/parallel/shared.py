@@ -1,7 +1,7 @@
 """`parallel.strategy=shared`: one base for a group of ranks, in tensor-parallel parts, and a policy that gathers it.
 
-With vLLM the parts are the engine's own. With the embedded engine, which computes with whole layers as the trainer does,
-each rank keeps its part of every matrix.
+With vLLM the parts are the engine's own. With the embedded engine, which computes with whole layers as the trainer
+does, each rank keeps its part of every matrix.
 """
 
 from collections.abc import Callable, Iterator

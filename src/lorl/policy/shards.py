@@ -188,11 +188,12 @@ class ShardedBase:
 
     Attributes:
         decoder: of `model`, without its head.
+        sharers: the ranks that hold the parts.
     """
 
     def __init__(self, model: PreTrainedModel, shards: Mapping[str, Shard], sharers: Sharers) -> None:
         self._shards = shards
-        self._sharers = sharers
+        self.sharers = sharers
         self._parameters = _materialised(model, shards)
         decoder: Any = model.base_model
         self.decoder: nn.Module = decoder
@@ -253,7 +254,7 @@ class ShardedBase:
         if shard.dim is None:
             yield
             return
-        with _Unit(name, [(parameter, shard)], self._sharers).rewriting():
+        with _Unit(name, [(parameter, shard)], self.sharers).rewriting():
             yield
 
     def _unit(self, name: str, module: nn.Module) -> _Unit:
@@ -265,7 +266,7 @@ class ShardedBase:
                 for key, parameter in self._parameters.items()
                 if id(parameter) in mine and self._shards[key].dim is not None
             ],
-            self._sharers,
+            self.sharers,
         )
 
     def _units(self) -> list[_Unit]:

@@ -15,7 +15,7 @@ from lorl.errors import InfrastructureError
 from lorl.experience import Completion
 from lorl.policy.fold import fold
 from lorl.policy.policy import Policy
-from lorl.policy.shards import Sharers
+from lorl.policy.shards import ShardedBase, Sharers
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.proof import PublishProof
 from lorl.rollout.sampling import check_finite
@@ -64,17 +64,17 @@ class VllmEngine:
         adapter_slots: int,
         rank: int,
         rests: bool,
-        sharers: Sharers | None = None,
+        shards: ShardedBase | None = None,
     ) -> None:
-        """`launch` makes a fresh vLLM over the same weights, for `rebuild`. `sharers` are the ranks that run one engine
-        together: whatever is called, is called on all of them."""
+        """`launch` makes a fresh vLLM over the same weights, for `rebuild`. `shards` is the base where several ranks run
+        one engine together: whatever is called, is called on all of them."""
         self._launch = launch
         self._policy = policy
         self._rank = rank
         self._in_flight = max_concurrent + WAITING
         self._adapter_slots = adapter_slots
         self._rests = rests
-        self._sharers = sharers
+        self._shards = shards
         self.folds = False
         self.publish_times = PublishTimes()
         self._adopt(inside)
@@ -108,14 +108,14 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
     ) -> Generator[Completion]:
-        if self._sharers is None:
+        if self._shards is None:
             yield from self._answers(requests, sampling, adapter)
             return
         sampled = 0
         for completion in self._answers(requests, sampling, adapter):
             sampled ^= _digest(completion)
             yield completion
-        _check_equal(self._sharers, sampled)
+        _check_equal(self._shards.sharers, sampled)
 
     def _answers(self, requests: Sequence[Request], sampling: Sampling, adapter: str | None) -> Generator[Completion]:
         if adapter is None:
@@ -236,6 +236,8 @@ class VllmEngine:
         options: Mapping[str, Any],
         salt: str | None = None,
     ) -> Generator[Completion]:
+        if self._shards is not None:
+            self._shards.free()  # the head of the last pass
         self.wake()
         engine, params = self._inside.engine, self._parameters(sampling)
         waiting = deque((request, index) for request in requests for index in range(len(request.seeds)))

@@ -128,7 +128,7 @@ def sharded_policy_and_engine(
             adapter_slots=config.rollout.adapter_slots,
             rank=shape.rank,
             rests=rests,
-            sharers=sharers,
+            shards=base,
         )
         return policy, engine, base
     except CannotBindError as error:
