@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lorl.errors import InfrastructureError
 
+SPARE_S = 60.0  # torch's own time limit ends the process without a word; ours comes first
+
 
 class Group(Protocol):
     """This process among its peers. All ranks make the same calls in the same order; `call` names one in errors.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lorl.config import RunConfig
 from lorl.experience import Completion, Experience
-from lorl.parallel.group import Ranks
+from lorl.parallel.group import SPARE_S, Ranks
 from lorl.parallel.local import local_worker
 from lorl.parallel.shared import ranks_per_engine
 from lorl.policy.load import load_tokenizer
@@ -24,7 +24,6 @@ from lorl.rollout.engine import Request, Sampling
 stores: Any = dist  # where torch's checker does not see them
 
 BATCH_S = 0.1  # completions travel together that finish within so many seconds
-SPARE_S = 60.0  # torch's own time limit ends the process without a word; ours comes first
 
 
 class Rank:

@@ -5,6 +5,7 @@ does, each rank keeps its part of every matrix.
 """
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorl.config import ModelConfig, RunConfig
-from lorl.parallel.group import Ranks
+from lorl.parallel.group import SPARE_S, Ranks
 from lorl.parallel.lockstep import Lockstep
 from lorl.policy.load import load_base, load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
@@ -67,7 +68,7 @@ def sharers_of(size: int, limit_s: float) -> Sharers:
     mine: Any = None
     for start in range(0, dist.get_world_size(), size):
         ranks = list(range(start, start + size))
-        made = dist.new_group(ranks)
+        made = dist.new_group(ranks, timeout=timedelta(seconds=limit_s + SPARE_S))
         mine = made if dist.get_rank() in ranks else mine
     return Sharers(mine, limit_s)
 

@@ -88,27 +88,27 @@ class Sharers:
         work = _gather(out, part, group=self._group, async_op=True)
         return out.view(self.size, -1), work
 
-    def wait(self, work: Any, what: str) -> None:
-        """Raises InfrastructureError when a rank is lost or late. On a GPU the device waits, and torch's own time limit
-        holds."""
+    def wait(self, gathering: tuple[Tensor, Any], what: str) -> Tensor:
+        """What `gather` returned, filled. Raises InfrastructureError when a rank is lost or late; on a GPU it is the
+        device that waits, and torch's own time limit holds."""
+        out, work = gathering
         started = time.monotonic()
         try:
-            if dist.get_backend(self._group) == "gloo":
-                work.wait(timedelta(seconds=self._limit_s))
-            else:
+            if out.is_cuda:
                 work.wait()
+            else:
+                work.wait(timedelta(seconds=self._limit_s))
         except RuntimeError as error:
             waited = time.monotonic() - started
             reason = str(error).splitlines()[0][:200]
             raise InfrastructureError(
                 f"rank {dist.get_rank()} waited {waited:.1f} s for the other ranks' parts of {what}: {reason}"
             ) from None
+        return out
 
     def values(self, value: int, what: str) -> list[int]:
         """Every rank's `value` (int64), by rank."""
-        out, work = self.gather(torch.tensor([value], dtype=torch.int64))
-        self.wait(work, what)
-        return out.flatten().tolist()
+        return self.wait(self.gather(torch.tensor([value], dtype=torch.int64)), what).flatten().tolist()
 
 
 class _Unit:
@@ -140,8 +140,7 @@ class _Unit:
         self.start()
         if self._pending is None:
             return
-        out, work = self._pending
-        self._sharers.wait(work, self.name)
+        out = self._sharers.wait(self._pending, self.name)
         self._allocate()
         sizes = [shard.held.numel() for _, shard in self.parts]
         for (whole, *_), (_, shard), parts in zip(self._storages, self.parts, out.split(sizes, dim=1), strict=True):
@@ -151,7 +150,7 @@ class _Unit:
     def free(self) -> None:
         """Gives the memory back; what is on its way is waited for and dropped."""
         if self._pending is not None:
-            self._sharers.wait(self._pending[1], self.name)
+            self._sharers.wait(self._pending, self.name)
             self._pending = None
         if self._present:
             for _, storage, _ in self._storages:

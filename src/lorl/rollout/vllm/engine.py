@@ -66,8 +66,8 @@ class VllmEngine:
         rests: bool,
         shards: ShardedBase | None = None,
     ) -> None:
-        """`launch` makes a fresh vLLM over the same weights, for `rebuild`. `shards` is the base where several ranks run
-        one engine together: whatever is called, is called on all of them."""
+        """`launch` makes a fresh vLLM over the same weights, for `rebuild`. `shards` is the base where several ranks
+        run one engine together: whatever is called, is called on all of them."""
         self._launch = launch
         self._policy = policy
         self._rank = rank

@@ -4,6 +4,7 @@ vLLM calls it `external_launcher`: every rank has a scheduler of its own, which 
 The requests have to be the same on all ranks, in the same order.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
@@ -37,10 +38,16 @@ def start(sharers: Sharers, launch: Callable[..., Inside], **extra: Any) -> Insi
 
     # vLLM would read the rank from torchrun's variables. The method's name differs between ranks on purpose: with one
     # name vLLM's CPU build would reduce through shared memory, which waits for a lost rank for ever.
+    os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")  # needs NVLink multicast and all GPUs in sight
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     place = (f"lorl:{sharers.rank}", sharers.rank, device)
     with patch.object(ExecutorWithExternalLauncher, "_distributed_args", lambda _: place):
-        return launch(distributed_executor_backend="external_launcher", tensor_parallel_size=sharers.size, **extra)
+        return launch(
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=sharers.size,
+            disable_custom_all_reduce=True,  # it maps the other GPUs' memory, and a rank of Ray's sees but its own
+            **extra,
+        )
 
 
 def shards(inside: Inside, model: PreTrainedModel, size: int) -> dict[str, Shard]:
