@@ -18,8 +18,11 @@ from lorl.parallel.group import Alone, Ranks
 LIMIT_S = 2.0
 
 
-def each(size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float = 60.0) -> list[Any]:
-    """What `work` returns, or the error that it raises, in each of `size` ranks; None where a rank died."""
+def each(
+    size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float = 60.0, end_s: float = 60.0
+) -> list[Any]:
+    """What `work` returns, or the error that it raises, in each of `size` ranks; None where a rank died, or was not done
+    after `end_s`."""
     context = get_context("fork")
     queue = context.SimpleQueue()
 
@@ -39,7 +42,7 @@ def each(size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float =
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(end_s)
         process.kill()
     found: dict[int, Any] = {}
     while not queue.empty():
