@@ -21,7 +21,7 @@ LIMIT_S = 2.0
 def each(
     size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float = 60.0, end_s: float = 60.0
 ) -> list[Any]:
-    """What `work` returns, or the error that it raises, in each of `size` ranks; None where a rank died, or was not done
+    """What `work` returns, or the error that it raises, in each of `size` ranks; None where one died or was not done
     after `end_s`."""
     context = get_context("fork")
     queue = context.SimpleQueue()
