@@ -12,6 +12,7 @@ from lorl.experience import Completion, Experience, Forest
 from lorl.objective import Objective
 from lorl.optim import load_optimizer_tensors, optimizer_tensors
 from lorl.parallel.group import Alone, Group
+from lorl.parallel.shared import ranks_per_engine
 from lorl.parallel.split import share_answers
 from lorl.parallel.workers import UpdateReport, WorkerState
 from lorl.passes import read_tokens
@@ -38,7 +39,8 @@ class Worker:
         self._group = group = group or Alone()
         self._policy = policy
         self._engine = engine
-        self._rollouts = Rollouts(engine, config.rollout.retries)
+        # The others of an engine that several ranks run wait inside it for one that failed: it cannot be rebuilt alone.
+        self._rollouts = Rollouts(engine, config.rollout.retries if ranks_per_engine(config) == 1 else 0)
         self._version = 0
         objective = Objective.of(config)
         if config.algorithm.kl_coef > 0 and objective.kl.needs_logits and not policy.plain_head:

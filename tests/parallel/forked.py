@@ -32,11 +32,13 @@ class ForkedRanks:
         host, port = self._each("listen", [((), {})])[0]
         self.notes = self._all("join", host, port)[0]
         self.reference = self._all("reference")[0]
+        self._per_engine = self._all("ranks_per_engine")[0]
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
     ) -> Generator[Completion]:
-        asked = share_requests(requests, sampling.max_tokens, len(self._pipes))
+        asked = share_requests(requests, sampling.max_tokens, len(self._pipes) // self._per_engine)
+        asked = [part for part in asked for _ in range(self._per_engine)]
         found = self._each("generate", [((part.requests, sampling, adapter), {}) for part in asked])
         for part, batches in zip(asked, found, strict=True):
             for completion in (completion for batch in batches for completion in batch):

@@ -18,9 +18,16 @@ from lorl.parallel.group import Alone, Ranks
 LIMIT_S = 2.0
 
 
-def each(size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float = 60.0, sequence: int = 1) -> list[Any]:
+def each(
+    size: int,
+    folder: Path,
+    work: Callable[[Ranks], Any],
+    limit_s: float = 60.0,
+    sequence: int = 1,
+    end_s: float = 60.0,
+) -> list[Any]:
     """What `work` returns, or the error that it raises, in each of `size` ranks, `sequence` to a part; None where one
-    died."""
+    died or was not done after `end_s`."""
     context = get_context("fork")
     queue = context.SimpleQueue()
 
@@ -40,7 +47,7 @@ def each(size: int, folder: Path, work: Callable[[Ranks], Any], limit_s: float =
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(end_s)
         process.kill()
     found: dict[int, Any] = {}
     while not queue.empty():

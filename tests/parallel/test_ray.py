@@ -47,12 +47,12 @@ def test_sharded_bases_over_ray_train_to_the_numbers_of_one_process(
     keys = ["algorithm.advantage=gae", "critic.lr=1e-3", "algorithm.kl_coef=0.05"]
     one = forks.run(*command(tmp_path, tiny_model, *keys, name="one"), cwd=tmp_path)
     assert one.code == 0, one
-    for strategy in ("fsdp", "fsdp2"):
+    for strategy in ("fsdp", "fsdp2", "shared"):
         spread = [*keys, "parallel.gpus=2", f"parallel.strategy={strategy}"]
         many = forks.run(*command(tmp_path, tiny_model, *spread, name=strategy), cwd=tmp_path)
         assert many.code == 0, many
         assert "2 ranks on CPU processes, each with a share of each layer" in many.out
-        assert "MiB, by mapping it" in many.out
+        assert strategy == "shared" or "MiB, by mapping it" in many.out
         assert_equal_runs(tmp_path / "runs/one", tmp_path / "runs" / strategy, STEPS)
 
 
@@ -111,7 +111,11 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name_and_the_call(
     ("keys", "words"),
     [
         (["parallel.strategy=local"], "parallel.strategy=local"),
-        (["rollout.engine=vllm"], "rollout.engine=vllm"),
+        (["parallel.strategy=fsdp2", "rollout.engine=vllm"], "use strategy=shared"),
+        (["parallel.sequence=2", "rollout.engine=vllm"], "parallel.sequence"),
+        (["parallel.strategy=shared", "adapter.dora=true"], "adapter.dora"),
+        (["parallel.strategy=shared", "rollout.adapter_mode=fold"], "rollout.adapter_mode=fold"),
+        (["parallel.strategy=shared", "parallel.param_offload=true"], "parallel.param_offload"),
         (["parallel.strategy=fsdp", "adapter.dora=true"], "adapter.dora"),
         (["parallel.strategy=fsdp2", "parallel.shard_size=3"], "does not divide the 2 ranks"),
         (["parallel.strategy=fsdp2", "adapter.dora=true"], "adapter.dora"),

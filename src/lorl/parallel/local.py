@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from lorl.config import RunConfig
 from lorl.parallel import sharding
 from lorl.parallel.group import Ranks
+from lorl.parallel.shared import policy_and_engine
 from lorl.parallel.ulysses import Ulysses
 from lorl.policy.load import load_policy
 from lorl.policy.streaming import streamed_policy
@@ -29,13 +30,18 @@ def local_worker(
 def _worker(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None], group: Ranks | None
 ) -> Worker:
-    if group is None and shared.chosen(config):
-        if not config.parallel.param_offload:
-            return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
-        tell("rollout.engine=auto: with parallel.param_offload the embedded engine samples")
-    if group is not None and config.parallel.strategy in sharding.STRATEGIES:
+    parallel = config.parallel
+    if group is not None and parallel.strategy == "shared":
+        return Worker(config, *policy_and_engine(config, tokenizer, tell, group), group)
+    in_parts = group is not None and parallel.strategy in sharding.STRATEGIES
+    if not in_parts and shared.chosen(config):  # with ddp each rank has an engine of its own
+        if not (parallel.param_offload or parallel.sequence > 1):
+            return Worker(config, *shared.policy_and_engine(config, tokenizer, tell), group)
+        key = "param_offload" if parallel.param_offload else "sequence"
+        tell(f"rollout.engine=auto: with parallel.{key} the embedded engine samples")
+    if group is not None and in_parts:
         policy = sharding.sharded_policy(config, tokenizer, group, tell)
-    elif config.parallel.param_offload:
+    elif parallel.param_offload:
         policy = streamed_policy(config, tokenizer)
     else:
         policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer)

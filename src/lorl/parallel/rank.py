@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from lorl.experience import Completion, Experience
 from lorl.parallel.auto import Device, this_device
 from lorl.parallel.group import SPARE_S, Ranks, stores
 from lorl.parallel.local import local_worker
+from lorl.parallel.shared import ranks_per_engine
 from lorl.policy.load import load_tokenizer
 from lorl.rollout.engine import Request, Sampling
 
@@ -96,14 +98,22 @@ class Rank:
             setattr(experience, name, array)
         return self.call("update", experience, **kwargs)
 
+    def ranks_per_engine(self) -> int:
+        """How many ranks sample as one, from the same requests."""
+        return ranks_per_engine(self._config)
+
     def reference(self) -> str | None:
         return self._worker.reference
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, adapter: str | None
     ) -> Iterator[list[Completion]]:
-        """This rank's own requests answered, a few answers at a time."""
-        yield from _batches(self._worker.generate(requests, sampling, adapter=adapter))
+        """This rank's own requests answered, a few answers at a time; by the first of the ranks that sample as one."""
+        answers = self._worker.generate(requests, sampling, adapter=adapter)
+        if self._rank % self.ranks_per_engine():
+            deque(answers, maxlen=0)
+        else:
+            yield from _batches(answers)
 
     def close(self) -> None:
         self._worker.close()

@@ -69,16 +69,18 @@ class RayWorkers:
             config = self._settle(config, tell)
             parallel = config.parallel
         kind = "GPUs" if room.cuda else "CPU processes"
-        holding = "a share of each layer" if parallel.strategy in STRATEGIES else "the whole base"
+        in_parts = parallel.strategy in STRATEGIES
+        holding = "a share of each layer" if in_parts or parallel.strategy == "shared" else "the whole base"
         together = f"; {parallel.sequence} split each pass" if parallel.sequence > 1 else ""
         tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}{together}")
-        if room.cuda and config.rollout.engine == "auto":
-            tell("rollout.engine=auto: several ranks sample with the embedded engine")
+        if room.cuda and config.rollout.engine == "auto" and in_parts:
+            tell("rollout.engine=auto: ranks with parts of the base sample with the embedded engine")
         ((host, port),) = self._get([self._ranks[0].listen.remote()], "starting")
         for note in self._all("join", host, port, doing="loading")[0]:
             tell(note)
         cluster.watch()
         (self._reference,) = self._get([self._ranks[0].reference.remote()], "starting")
+        (self._per_engine,) = self._get([self._ranks[0].ranks_per_engine.remote()], "starting")
 
     def _settle(self, config: RunConfig, tell: Callable[[str], None]) -> RunConfig:
         """A strategy in place of auto, here and in the ranks."""
@@ -95,7 +97,8 @@ class RayWorkers:
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
     ) -> Generator[Completion]:
         streams: dict[Any, int] = {}  # Ray's generators of references, and the rank that each comes from
-        asked = share_requests(requests, sampling.max_tokens, len(self._ranks))
+        asked = share_requests(requests, sampling.max_tokens, len(self._ranks) // self._per_engine)
+        asked = [part for part in asked for _ in range(self._per_engine)]
         for rank, part in enumerate(asked):
             stream = self._ranks[rank].generate.options(num_returns="streaming")
             streams[stream.remote(part.requests, sampling, adapter)] = rank

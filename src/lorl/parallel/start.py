@@ -12,6 +12,7 @@ from lorl.parallel.local import local_worker
 from lorl.parallel.sharding import STRATEGIES
 from lorl.parallel.ulysses import check_ranks, check_shape
 from lorl.parallel.workers import Workers
+from lorl.rollout.vllm import versions
 
 
 def check(config: RunConfig) -> None:
@@ -23,6 +24,8 @@ def check(config: RunConfig) -> None:
             f"parallel.gpus={parallel.gpus} on parallel.nodes={parallel.nodes} needs Ray, which is not installed: "
             "pip install 'lorl[ray]', or set both to 1"
         )
+    if config.rollout.engine == "vllm":
+        versions.check()
 
 
 def check_combination(config: RunConfig) -> None:
@@ -49,12 +52,38 @@ def check_combination(config: RunConfig) -> None:
         raise UserError(
             f"parallel.shard_size={parallel.shard_size} does not divide the {ranks} ranks of {many}; use a divisor"
         )
-    if parallel.strategy in STRATEGIES and config.adapter.dora:
+    in_parts = parallel.strategy in STRATEGIES
+    if (in_parts or parallel.strategy == "shared") and config.adapter.dora:
         raise UserError(
             f"adapter.dora reads whole weights, and parallel.strategy={parallel.strategy} keeps parts; use strategy=ddp"
         )
-    if config.rollout.engine == "vllm":
-        raise UserError(f"rollout.engine=vllm samples in one process so far, and {many} are {ranks}; use engine=torch")
+    if parallel.strategy == "shared":
+        _check_shared(config)
+    if config.rollout.engine == "vllm" and in_parts:
+        raise UserError(
+            f"rollout.engine=vllm has no use for the parts that parallel.strategy={parallel.strategy} keeps; use "
+            "strategy=shared, whose parts are vLLM's own, or engine=torch"
+        )
+    if config.rollout.engine == "vllm" and parallel.sequence > 1:
+        raise UserError(
+            "rollout.engine=vllm proves its answers rank by rank, and parallel.sequence splits each pass among ranks; "
+            "use engine=torch"
+        )
+
+
+def _check_shared(config: RunConfig) -> None:
+    parallel = config.parallel
+    if config.rollout.adapter_mode == "fold":
+        raise UserError(
+            "rollout.adapter_mode=fold writes into whole weights, and parallel.strategy=shared keeps parts; use "
+            "adapter_mode=adapter, or strategy=ddp"
+        )
+    for key, on in (("param_offload=true", parallel.param_offload), ("sequence", parallel.sequence > 1)):
+        if on:
+            raise UserError(
+                f"parallel.{key} and parallel.strategy=shared don't go together: its parts lie where vLLM reads them, "
+                "and all ranks pass over the same tokens; use strategy=fsdp2"
+            )
 
 
 def start_workers(config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> Workers:

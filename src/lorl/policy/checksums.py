@@ -32,13 +32,23 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Tells bases apart without reading them whole: names, shapes and the ends of every tensor (as if of `dtype`)."""
+    return fingerprint_of({name: (tuple(tensor.shape), ends(tensor, dtype)) for name, tensor in tensors.items()})
+
+
+def fingerprint_of(read: Mapping[str, tuple[tuple[int, ...], Tensor]]) -> str:
+    """`fingerprint` of tensors that are not there at the same time: by name, the shape and the `ends` of each."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        flat = tensors[name].reshape(-1)
-        ends = torch.cat([flat[:16], flat[-16:]]).to(dtype or flat.dtype).float().cpu()
-        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
-        digest.update(ends.numpy().tobytes())
+    for name in sorted(read):
+        shape, found = read[name]
+        digest.update(f"{name}{shape}".encode())
+        digest.update(found.numpy().tobytes())
     return digest.hexdigest()
+
+
+def ends(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """float32[32] (fewer of a small tensor) on the CPU: the first 16 entries and the last, as if of `dtype`."""
+    flat = tensor.detach().reshape(-1)
+    return torch.cat([flat[:16], flat[-16:]]).to(dtype or flat.dtype).float().cpu()
 
 
 def tensor_checksum(tensor: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """From configuration to a policy in memory."""
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -83,16 +86,20 @@ def _random_base(config: ModelConfig, path: str, device: torch.device, dtype: to
 
 
 @torch.no_grad()
-def fill_random(model: PreTrainedModel) -> None:
-    """Weights as before any training, in place: normal matrices, norms of one, biases of zero."""
+def fill_random(
+    model: PreTrainedModel, around: Callable[[nn.Parameter], AbstractContextManager[None]] | None = None
+) -> None:
+    """Weights as before any training, in place: normal matrices, norms of one, biases of zero. `around` is entered for
+    each parameter while it is written."""
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if "lora_" not in name]
     generator = torch.Generator(parameters[0][1].device).manual_seed(0)
     for name, parameter in parameters:
-        if parameter.dim() > 1:
-            parameter.normal_(0, std, generator=generator)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        with around(parameter) if around else nullcontext():
+            if parameter.dim() > 1:
+                parameter.normal_(0, std, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def load_policy(

@@ -282,7 +282,9 @@ class Policy:
         return checksum({name: value.data for name, value in self.parameters(adapter).items()})
 
     def base_checksum(self) -> str:
-        """Of every byte of the base."""
+        """Of every byte of the base, which must be whole here."""
+        if self.fingerprint is not None:
+            raise ValueError("the base is in parts here; compare fingerprints")
         return checksum(self.base_tensors())
 
     def base_tensors(self) -> dict[str, Tensor]:

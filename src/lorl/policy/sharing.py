@@ -77,7 +77,7 @@ def bind(model: PreTrainedModel, weights: Weights) -> None:
     views: dict[int, Tensor] = {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     for key, names in aliases.items():
-        owner, view = _find(names, shapes, weights)
+        owner, view = find(names, shapes, weights)
         wanted = parameters[key]
         if key in vocabulary:  # rows past the vocabulary are the owner's padding
             used[owner] = weights.tensors[owner].shape[0]
@@ -114,8 +114,9 @@ def unshared_bytes(tensors: Mapping[str, Tensor], weights: Weights) -> int:
     )
 
 
-def _find(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], weights: Weights) -> tuple[str, Tensor]:
-    """The owner's tensor, and in it the view that the parameter with these (tied) names is."""
+def find(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], weights: Weights) -> tuple[str, Tensor]:
+    """The owner's tensor, and in it the view that the parameter with these (tied) names is. `shapes` are what the owner
+    holds of each parameter. Raises CannotBindError."""
     for name in names:
         if name in weights.tensors:
             return name, weights.tensors[name]

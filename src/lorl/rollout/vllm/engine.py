@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from lorl.errors import InfrastructureError
 from lorl.experience import Completion
 from lorl.policy.fold import fold
 from lorl.policy.policy import Policy
+from lorl.policy.shards import ShardedBase, Sharers
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.proof import PublishProof
 from lorl.rollout.vllm import slots
@@ -61,14 +63,17 @@ class VllmEngine:
         adapter_slots: int,
         rank: int,
         rests: bool,
+        shards: ShardedBase | None = None,
     ) -> None:
-        """`launch` makes a fresh vLLM over the same weights, for `rebuild`."""
+        """`launch` makes a fresh vLLM over the same weights, for `rebuild`. `shards` is the base where several ranks
+        run one engine together: whatever is called, is called on all of them."""
         self._launch = launch
         self._policy = policy
         self._rank = rank
         self._in_flight = max_concurrent + WAITING
         self._adapter_slots = adapter_slots
         self._rests = rests
+        self._shards = shards
         self.folds = False
         self.publish_times = PublishTimes()
         self._adopt(inside)
@@ -102,6 +107,16 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
     ) -> Generator[Completion]:
+        if self._shards is None:
+            yield from self._answers(requests, sampling, adapter)
+            return
+        sampled = 0
+        for completion in self._answers(requests, sampling, adapter):
+            sampled ^= _digest(completion)
+            yield completion
+        _check_equal(self._shards.sharers, sampled)
+
+    def _answers(self, requests: Sequence[Request], sampling: Sampling, adapter: str | None) -> Generator[Completion]:
         if adapter is None:
             yield from self._sample(requests, sampling, 0, {})
             return
@@ -221,6 +236,8 @@ class VllmEngine:
         options: Mapping[str, Any],
         salt: str | None = None,
     ) -> Generator[Completion]:
+        if self._shards is not None:
+            self._shards.free()  # the head of the last pass
         self.wake()
         engine, params = self._inside.engine, self._parameters(sampling)
         waiting = deque((request, index) for request in requests for index in range(len(request.seeds)))
@@ -302,6 +319,23 @@ class _Clock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def _digest(completion: Completion) -> int:
+    """63 bits of what was sampled."""
+    text = f"{completion.prompt.id} {completion.sample} {completion.tokens}"
+    return xxhash.xxh3_64_intdigest(text.encode()) >> 1
+
+
+def _check_equal(sharers: Sharers, sampled: int) -> None:
+    """Raises InfrastructureError unless all ranks of one engine sampled the same."""
+    found = sharers.values(sampled, "checksums of a rollout")
+    for rank, other in zip(sharers.ranks, found, strict=True):
+        if other != found[0]:
+            raise InfrastructureError(
+                f"rank {rank} sampled other tokens than rank {sharers.ranks[0]} from the same requests: the ranks of a "
+                "tensor-parallel vLLM need the same hardware and software"
+            )
 
 
 def _writes(masters: Mapping[str, nn.Parameter]) -> int:

@@ -77,4 +77,6 @@ def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Sh
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]
+    errors: Any = getattr(error, "errors", None)  # pydantic's first line says how many there are, and not what
+    reason: Any = errors()[0]["msg"] if errors is not None else error
+    return str(reason).strip().split("\n", 1)[0][:300]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -13,8 +14,9 @@ from lorl.errors import UserError
 from lorl.policy import adapters
 from lorl.policy.load import TRAINED, fill_random, load_base, load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
+from lorl.policy.shards import ShardedBase, Sharers
 from lorl.policy.sharing import CannotBindError, Weights, bind, empty_model, parameter_bytes, unshared_bytes
-from lorl.rollout.vllm import launch, loader, versions
+from lorl.rollout.vllm import launch, loader, tensor_parallel, versions
 from lorl.rollout.vllm.engine import VllmEngine
 from lorl.rollout.vllm.memory import GIB, adapter_bytes, budget, kv_bytes_per_token, training_bytes
 from lorl.rollout.vllm.mode import faster_mode
@@ -94,6 +96,49 @@ def _on_base_of(
     return policy, engine
 
 
+def sharded_policy_and_engine(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None], sharers: Sharers
+) -> tuple[Policy, VllmEngine, ShardedBase]:
+    """`policy_and_engine` over `sharers`: one vLLM of all of them, and a policy that gathers what each rank's holds.
+    Also returns what gathers."""
+    versions.check()
+    device = pick_device(config.model)
+    dtype = pick_dtype(config.model, device)
+    lora = adapters.configured(config.adapter)
+    model = empty_model(config.model, dtype)
+    tensor_parallel.check(model.config, sharers.size)
+    shape, rests = _shape(config, model, device, dtype, launch.slot_rank(lora), sharers)
+    start = partial(tensor_parallel.start, sharers, partial(launch.start, config, device, dtype, shape))
+    inside = start()
+    try:
+        parts = tensor_parallel.shards(inside, model, sharers.size)
+        base = ShardedBase(model, parts, sharers)
+        if config.model.random_weights:
+            fill_random(model, base.rewriting)
+        policy = load_policy(config.model, config.adapter, seed=config.seed, tokenizer=tokenizer, base=model.eval())
+        policy.fingerprint = base.fingerprint()
+        held = {name: shard.held for name, shard in parts.items()}
+        extra = unshared_bytes(held, Weights(inside.weights(), inside.packed_modules()))
+        tell(f"the base is shared with one vLLM over {sharers.size} ranks: {extra} extra bytes on each")
+        engine = VllmEngine(
+            partial(_relaunch, start, inside.weights(tied=True)),
+            inside,
+            policy,
+            max_concurrent=config.rollout.max_concurrent,
+            adapter_slots=config.rollout.adapter_slots,
+            rank=shape.rank,
+            rests=rests,
+            shards=base,
+        )
+        return policy, engine, base
+    except CannotBindError as error:
+        inside.shut_down(resting=False)
+        raise UserError(f"parallel.strategy=shared: {error}; use strategy=ddp or fsdp2") from None
+    except BaseException:
+        inside.shut_down(resting=False)
+        raise
+
+
 def _folds(config: RunConfig, engine: VllmEngine, policy: Policy, shares: bool, tell: Callable[[str], None]) -> bool:
     mode = config.rollout.adapter_mode
     if mode == "fold" and not shares:
@@ -107,24 +152,32 @@ def _folds(config: RunConfig, engine: VllmEngine, policy: Policy, shares: bool, 
 
 
 def _shape(
-    config: RunConfig, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, rank: int
+    config: RunConfig,
+    model: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int,
+    sharers: Sharers | None = None,
 ) -> tuple[launch.Shape, bool]:
-    """What vLLM is started with, and whether its KV cache must rest while the policy trains."""
+    """What vLLM is started with, and whether its KV cache must rest while the policy trains. Ranks that share it agree:
+    their schedulers have to decide alike."""
     text = model.config.get_text_config()
     max_tokens = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, _PROOF_TOKENS)
     smallest = kv_bytes_per_token(text, dtype.itemsize) * (max_tokens + 512)
+    base, gathered = parameter_bytes(model), 0
+    if sharers is not None:
+        smallest //= min(sharers.size, text.num_key_value_heads)
+        base, gathered = base // sharers.size, _gathered_bytes(model)
     fraction = config.rollout.memory_fraction
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    free, total = _memory(device, config.parallel.gpus)
+    if device.type == "cpu":
         fraction = fraction or max(min(0.4, _CPU_KV_BYTES / total), smallest / total)
     tree = config.data.max_prompt_tokens + config.rollout.n * config.rollout.max_response_tokens
     recompute = config.model.gradient_checkpointing
     found = budget(
         total=total,
         free=free,
-        base=parameter_bytes(model),
+        base=base,
         adapters=adapter_bytes(
             text,
             rank,
@@ -132,7 +185,8 @@ def _shape(
             itemsize=dtype.itemsize,
             learning=1 + (config.algorithm.advantage == "gae"),
         ),
-        training=training_bytes(
+        training=gathered
+        + training_bytes(
             text,
             config.parallel.microbatch_tokens,
             itemsize=dtype.itemsize,
@@ -144,14 +198,32 @@ def _shape(
         smallest=smallest,
         rest=config.rollout.rest,
     )
+    kv_bytes, rests = found.kv_bytes, found.rests
+    if sharers is not None:
+        kv_bytes = min(sharers.values(kv_bytes, "the size of the KV cache"))
+        rests = any(sharers.values(rests, "whether the KV cache rests"))
     shape = launch.Shape(
         rank=rank,
         slots=config.rollout.adapter_slots,
         max_tokens=max_tokens,
-        kv_bytes=found.kv_bytes,
-        can_rest=found.rests,
+        kv_bytes=kv_bytes,
+        can_rest=rests,
     )
-    return shape, found.rests
+    return shape, rests
+
+
+def _gathered_bytes(model: PreTrainedModel) -> int:
+    """What a pass over a base in parts holds beyond them at most: two layers and the head."""
+    decoder: Any = model.base_model
+    head: Any = model.get_output_embeddings()
+    return 2 * parameter_bytes(decoder.layers[0]) + parameter_bytes(head)
+
+
+def _memory(device: torch.device, ranks: int) -> tuple[int, int]:
+    """Bytes, free and in all, of this rank's own device or its part of what the `ranks` of this machine share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    return psutil.virtual_memory().available // ranks, psutil.virtual_memory().total // ranks
 
 
 def _relaunch(start: Callable[..., Inside], kept: Mapping[str, Tensor]) -> Inside:

@@ -45,11 +45,11 @@ def link(adapter: Mapping[str, Tensor], scaling: Mapping[str, float], layers: An
             owner = layers[_owner(module, layers, fused)]
             if kind == "lora_A":
                 target = owner.lora_a_stacked[index][slot, 0]
-                part = source
+                part = _columns(source, owner, target.shape[1])
                 view = target[: source.shape[0]]
             else:
                 target = owner.lora_b_stacked[index][slot, 0]
-                part = source if rows is None else source[rows]
+                part = _rows(source if rows is None else source[rows], owner, index, target.shape[0])
                 view = target[:, : source.shape[1]]
             if view.shape != part.shape:
                 raise UserError(
@@ -58,6 +58,22 @@ def link(adapter: Mapping[str, Tensor], scaling: Mapping[str, float], layers: An
                 )
             links.append(Link(name, part, view, scaling[module] if kind == "lora_B" else 1.0))
     return links
+
+
+def _columns(source: Tensor, owner: Any, width: int) -> Tensor:
+    """What this rank's slot takes of an A: with tensor parallelism a row-parallel layer sees a part of the inputs."""
+    if source.shape[1] != width * owner.tp_size:
+        return source
+    return source.narrow(1, owner.tp_rank * width, width)
+
+
+def _rows(source: Tensor, owner: Any, index: int, rows: int) -> Tensor:
+    """What this rank's slot takes of a B: a column-parallel layer has a part of the outputs. Key and value heads that
+    are fewer than ranks are on several."""
+    if source.shape[0] == rows or owner.tp_size == 1:
+        return source
+    part = owner.output_ids[index] if hasattr(owner, "output_ids") else owner.tp_rank
+    return source[part * rows : (part + 1) * rows]
 
 
 def clear(layers: Mapping[str, Any], slot: int) -> None:

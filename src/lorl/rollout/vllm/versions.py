@@ -7,7 +7,8 @@ by counted randomness. So the places are collected here, and a version that nobo
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,8 @@ class Inside:
         and has given back its memory on a GPU already."""
         caches = self.kv_caches()
         sleeps = self.engine.vllm_config.model_config.enable_sleep_mode
-        self.engine.engine_core.shutdown()
+        with _process_groups_kept():
+            self.engine.engine_core.shutdown()
         for cache in caches:
             if cache.device.type == "cpu":
                 cache.untyped_storage().resize_(0)
@@ -197,3 +199,24 @@ class Inside:
     def sequence_lengths(self, rows: int) -> "Tensor":
         """int32[rows], on the device: tokens of each row once the running step is done."""
         return self.runner.seq_lens[:rows]
+
+
+@contextmanager
+def _process_groups_kept() -> Iterator[None]:
+    """Inside, an engine that ends leaves torch.distributed's groups alone where there are other ranks: the default one
+    is lorl's, and making vLLM's own anew would take all of them."""
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
+
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        yield
+        return
+    names = ("destroy_model_parallel", "destroy_distributed_environment")
+    own = {name: getattr(parallel_state, name) for name in names}
+    for name in names:
+        setattr(parallel_state, name, lambda: None)
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(parallel_state, name, function)
