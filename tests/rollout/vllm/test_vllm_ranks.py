@@ -1,4 +1,8 @@
-"""Several ranks sample with vLLM: each with an engine of its own, or all with one over their shards."""
+"""Several ranks sample with vLLM: each with an engine of its own, or all with one over their shards.
+
+No engine runs in the tests' own process: ranks forked from one that has had vLLM's threads wait for them for ever. So
+`make test` runs this file by itself.
+"""
 
 import sys
 from pathlib import Path
@@ -59,9 +63,8 @@ def trained(model: Path, folder: Path, pool: RewardPool, *overrides: str, name: 
         name=name,
     )
     with pytest.MonkeyPatch.context() as patch:
-        if config.parallel.gpus > 1:
-            vllm_engines._no_inspectors()  # of no rank
-            patch.setattr(small_trainer, "local_worker", lambda config, *_: ForkedRanks(config))
+        vllm_engines._no_inspectors()  # of no rank
+        patch.setattr(small_trainer, "local_worker", lambda config, *_: ForkedRanks(config))
         _, trainer = run(config, pool, steps=STEPS)
         trainer.workers.close()
     return trainer.folder.path

@@ -38,6 +38,16 @@ def slot_rank(lora: LoraConfig) -> int:
     return fitting[0]
 
 
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes that CUDA graphs are captured for, up to `most`: two to each doubling.
+
+    vLLM's own are all multiples of 8 or 16, and capturing them is much of its start. A batch is padded to the next
+    size; decoding a few more rows takes hardly longer, since what takes the time is reading the weights.
+    """
+    powers = [2**power for power in range(most.bit_length())]
+    return sorted({size for power in powers for size in (power, power * 3 // 2) if size <= most} | {most})
+
+
 def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Shape, **extra: Any) -> Inside:
     """A running vLLM engine. `extra` goes to vLLM's EngineArgs."""
     prepare(cpu=device.type == "cpu")
@@ -66,6 +76,8 @@ def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Sh
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    if device.type == "cuda":
+        arguments["compilation_config"] = {"cudagraph_capture_sizes": graph_sizes(rollout.max_concurrent)}
     if device.type == "cuda" and shape.can_rest:
         arguments |= {"enable_sleep_mode": True, "worker_cls": "lorl.rollout.vllm.worker.RestingWorker"}
     try:

@@ -1,0 +1,95 @@
+"""GRPO steps on several GPUs of one machine, by strategy, beside `lorl plan`.
+
+    python benchmarks/many_gpus.py --gpus 2 --shape 7b [--runs one ddp shared] [--keys key=value ...]
+
+Random weights of true size are drawn on the devices: nothing of that size travels. Each run is a process of its own:
+`one` (a single GPU), `ddp` (a whole base and engine on each), `shared` (one tensor-parallel vLLM over the trainer's own
+shards), `fsdp2` (the embedded engine: shards that vLLM cannot read). That all ranks hold the same adapter is checked at
+every publish, or the run ends. Short table last.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from engine_gpu import LETTERS, SHAPES, device_name, model_folder
+
+COLUMNS = {
+    "step s": "time/step_s", "rollout": "time/rollout_s", "update": "time/update_s", "publish": "time/publish_s",
+    "rollout tok/s": "throughput/rollout_tokens_per_s", "peak GiB": "memory/peak_gib", "mismatch": "rollout/mismatch",
+}  # fmt: skip
+RUNS = {
+    "one": ["parallel.gpus=1"],
+    "ddp": ["parallel.strategy=ddp"],
+    "shared": ["parallel.strategy=shared", "rollout.adapter_mode=adapter"],
+    "fsdp2": ["parallel.strategy=fsdp2", "rollout.engine=torch"],
+}
+
+
+def overrides(args: argparse.Namespace, folder: Path, name: str) -> list[str]:
+    return [
+        f"model.path='{folder / 'model'}'", "model.random_weights=true", "rollout.engine=vllm",
+        "rollout.ignore_eos=true", f"rollout.enforce_eager={str(args.eager).lower()}",
+        f"data.train='{folder / 'train.jsonl'}'", f"data.prompts_per_step={args.prompts}", f"rollout.n={args.samples}",
+        f"data.max_prompt_tokens={args.prompt + 8}", f"rollout.max_response_tokens={args.response}",
+        f"reward.path='{folder / 'rule.py'}'", "reward.workers=2", f"trainer.total_steps={args.steps}",
+        "checkpoint.every_steps=null", f"run.dir='{folder}'", f"run.name={name}", f"parallel.gpus={args.gpus}",
+        *RUNS[name], *args.keys,
+    ]  # fmt: skip
+
+
+def measured(args: argparse.Namespace, folder: Path, name: str) -> str:
+    """A run's line in the table: medians of its steps but the first."""
+    command = [sys.executable, "-c", "from lorl.cli import main; main()", "train", *overrides(args, folder, name)]
+    try:
+        code = str(subprocess.run(command, timeout=args.limit).returncode)
+    except subprocess.TimeoutExpired:
+        code = f"the limit of {args.limit:g} s"
+    metrics = folder / name / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    rows = [row for row in rows if row["step"] > 1]
+    medians = [
+        statistics.median(row.get(key, float("nan")) for row in rows) if rows else float("nan")
+        for key in COLUMNS.values()
+    ]
+    cells = [f"{value:13.4g}" for value in medians]
+    return f"{name:8}{''.join(cells)}" + ("" if code == "0" else f"  ended with {code}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--shape", choices=list(SHAPES), default="7b")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=["one", "ddp", "shared"])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--response", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=3, help="the first is not counted")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs: starts sooner")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that one run may take")
+    parser.add_argument("--keys", nargs="*", default=[], help="more key=value for every run")
+    args = parser.parse_args()
+    draw = random.Random(0)
+    table: list[str] = []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
+        folder = Path(scratch)
+        model_folder(args.shape, folder / "model")
+        prompts = ["".join(draw.choice(LETTERS) for _ in range(args.prompt)) for _ in range(args.prompts * args.steps)]
+        (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": "a"}) + "\n" for p in prompts))
+        (folder / "rule.py").write_text("import random\ndef compute_score(*a, **k):\n    return random.random()\n")
+        for name in args.runs:
+            table.append(measured(args, folder, name))
+            print(table[-1], flush=True)
+    print(f"\n{args.gpus} x {device_name()}, {args.shape}, {args.prompts} x {args.samples}, "
+          f"{args.prompt} + {args.response} tokens")  # fmt: skip
+    print("\n".join([f"{'run':8}" + "".join(f"{title:>13}" for title in COLUMNS), *table]))
+
+
+if __name__ == "__main__":
+    main()
