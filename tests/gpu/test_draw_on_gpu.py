@@ -5,7 +5,7 @@ import torch
 
 from lorl.policy.logprobs import linear_logits
 from lorl.rollout.engine import Sampling
-from lorl.rollout.vllm.sampler import _Compiled, _draw_into
+from lorl.rollout.vllm.sampler import CompiledDraw, _draw_into
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_compiled_draws_are_the_plain_ones(sampling: dict[str, float]) -> None:
     how = Sampling(max_tokens=16, **sampling)  # type: ignore[arg-type]
     generator = torch.Generator("cuda").manual_seed(0)
-    compiled = _Compiled()
+    compiled = CompiledDraw()
     for batch in (64, 33, 1):
         logits = 3 * torch.randn(batch, 32_100, device="cuda", generator=generator)
         rows = torch.randperm(99, device="cuda")[:batch]

@@ -116,6 +116,12 @@ def test_an_engine_that_always_fails_ends_in_one_sentence(policy: Policy):
     assert len(engine.calls) == 3
 
 
+def test_an_error_that_says_nothing_is_named_by_where_it_was_raised(policy: Policy):
+    _, found = rollouts(policy, [0] * 99, AssertionError)
+    with pytest.raises(InfrastructureError, match=r"AssertionError in generate \(.*test_retry\.py:\d+: raise"):
+        sampled(found)
+
+
 def test_retries_count_anew_in_every_rollout(policy: Policy):
     _, found = rollouts(policy, [1, 1, None, 1, 1, None])
     assert_same(sampled(found), sampled(found))

@@ -1,6 +1,7 @@
 """Rollouts that outlive their engine: one that fails on the way is rebuilt and asked for what is still missing."""
 
 import logging
+import traceback
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -94,7 +95,7 @@ class _Attempts:
         if not isinstance(error, Exception) or isinstance(error, UserError | DivergedError):
             return False
         self.failures += 1
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        cause = _cause(error)
         if self.failures > self._retries:
             raise InfrastructureError(
                 f"the rollout engine failed {self.failures} times in one call (rollout.retries={self._retries}); the "
@@ -103,3 +104,11 @@ class _Attempts:
         log.warning("the rollout engine failed (%s); rebuilding it, retry %d", cause, self.failures)
         log.debug("the failure in full", exc_info=error)
         return True
+
+
+def _cause(error: Exception) -> str:
+    """The error in a line; one that says nothing, by where it was raised."""
+    if text := str(error).strip():
+        return f"{type(error).__name__}: {text}".splitlines()[0]
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {last.name} ({last.filename}:{last.lineno}: {last.line})"

@@ -50,23 +50,32 @@ def draw(logits: Tensor, row: Tensor | None, uniform: Tensor, sampling: Sampling
         int64[N] tokens, and float32[N] their log-probabilities at the sampling temperature (1 when greedy) before any
         truncation: the quantity that training computes. NaN where the logits are not finite.
     """
-    temperature = sampling.temperature or 1.0
-    weights, top = _weigh(logits, temperature)
+    scores = logits if sampling.temperature in (0, 1) else logits.float() / sampling.temperature
+    return draw_scores(
+        scores, row, uniform, greedy=sampling.temperature == 0, truncation=sampling if sampling.truncates else None
+    )
+
+
+def draw_scores(
+    scores: Tensor, row: Tensor | None, uniform: Tensor, *, greedy: bool, truncation: Sampling | None
+) -> tuple[Tensor, Tensor]:
+    """`draw` from logits that the temperature has been divided out of."""
+    weights, top = _weigh(scores)
     sums = _block_sums(weights)
     if row is not None:
         top, sums = top[row], sums[row]
-    if sampling.temperature == 0:
-        greedy = logits.argmax(-1)
-        tokens = greedy if row is None else greedy[row]
-    elif sampling.truncates:
-        tokens = inverse_cdf(truncate(weights, sampling), row, uniform)
+    if greedy:
+        best = scores.argmax(-1)
+        tokens = best if row is None else best[row]
+    elif truncation is not None:
+        tokens = inverse_cdf(truncate(weights, truncation), row, uniform)
     else:
 
         def entry_weights(entries: Tensor) -> Tensor:  # of few entries anew: so a compiler need not store `weights`
-            return (_entries(logits, row, entries).float() / temperature - top).exp()
+            return (_entries(scores, row, entries).float() - top).exp()
 
-        tokens = _inverse_cdf(entry_weights, logits.shape[-1], sums, uniform)
-    chosen = _entries(logits, row, tokens[:, None])[:, 0].double() / temperature
+        tokens = _inverse_cdf(entry_weights, scores.shape[-1], sums, uniform)
+    chosen = _entries(scores, row, tokens[:, None])[:, 0].double()
     return tokens, (chosen - top[:, 0] - sums.sum(-1).log()).float()
 
 
@@ -123,11 +132,9 @@ def _entries(table: Tensor, row: Tensor | None, entries: Tensor) -> Tensor:
     return table.gather(1, entries) if row is None else table[row[:, None], entries]
 
 
-def _weigh(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _weigh(scores: Tensor) -> tuple[Tensor, Tensor]:
     """float32[B, V] exp(score - top), and float32[B, 1] top, the largest score of each row."""
-    scores = logits.to(torch.float32, copy=True)
-    if temperature != 1:
-        scores /= temperature
+    scores = scores.to(torch.float32, copy=True)
     top = scores.amax(-1, keepdim=True)
     return scores.sub_(top).exp_(), top  # in place: a vocabulary's worth of numbers is moved as seldom as can be
 

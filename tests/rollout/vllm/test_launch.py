@@ -1,8 +1,12 @@
 """What vLLM is started with."""
 
 import pytest
+import torch
 
-from lorl.rollout.vllm.launch import graph_sizes
+from lorl.errors import UserError
+from lorl.rollout.vllm.launch import check_mode, graph_sizes
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (6, [1, 2, 3, 4, 6]), (20, [1, 2, 3, 4, 6, 8, 12, 16, 20])])
@@ -10,3 +14,14 @@ def test_every_batch_has_a_graph_that_is_at_most_half_as_large_again(most: int, 
     assert graph_sizes(most) == sizes
     for batch in range(1, most + 1):
         assert min(size for size in sizes if size >= batch) <= 1.5 * batch
+
+
+def test_a_float32_base_on_a_gpu_is_folded_or_refused_in_a_sentence() -> None:
+    for mode in ("auto", "fold"):
+        check_mode(mode, CUDA, torch.float32)
+    check_mode("adapter", CUDA, torch.bfloat16)
+    check_mode("adapter", CPU, torch.float32)
+    with pytest.raises(UserError, match=r"model\.dtype=float32.*rollout\.adapter_mode=fold"):
+        check_mode("adapter", CUDA, torch.float32)
+    with pytest.raises(UserError, match="strategy=ddp"):
+        check_mode("adapter", CUDA, torch.float32, parts=True)

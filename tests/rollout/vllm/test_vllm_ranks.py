@@ -59,6 +59,7 @@ def trained(model: Path, folder: Path, pool: RewardPool, *overrides: str, name: 
         "rollout.memory_fraction=0.004",
         "rollout.max_concurrent=8",
         "rollout.rest=always",
+        "parallel.threads=1",  # a fork has none of the threads that its parent's OpenMP counts on
         *overrides,
         name=name,
     )

@@ -38,6 +38,22 @@ def slot_rank(lora: LoraConfig) -> int:
     return fitting[0]
 
 
+def slots_compute(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether vLLM's adapter kernels take this base: on a GPU those of half precision alone."""
+    return device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)
+
+
+def check_mode(mode: str, device: torch.device, dtype: torch.dtype, *, parts: bool = False) -> None:
+    """Raises UserError where rollout.adapter_mode=`mode` cannot be had; `parts`: of the base lie on several ranks."""
+    if slots_compute(device, dtype) or not (mode == "adapter" or parts):
+        return
+    instead = "strategy=ddp" if parts else "rollout.adapter_mode=fold"
+    raise UserError(
+        f"model.dtype={str(dtype).removeprefix('torch.')}: vLLM's adapter kernels compute bfloat16 alone on a GPU; use "
+        f"model.dtype=bfloat16, {instead}, or rollout.engine=torch."
+    )
+
+
 def graph_sizes(most: int) -> list[int]:
     """Batch sizes that CUDA graphs are captured for, up to `most`: two to each doubling.
 

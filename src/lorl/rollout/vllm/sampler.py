@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from lorl.rollout.engine import Sampling
-from lorl.rollout.sampling import check_finite, draw, uniforms
+from lorl.rollout.sampling import check_finite, draw, draw_scores, uniforms
 from lorl.rollout.vllm.versions import Inside
 
 logger = logging.get_logger(__name__)
@@ -38,7 +38,7 @@ class CountedSampler:
         self._rows = self._prompts = torch.zeros(0, dtype=torch.int64)
         sampler = inside.runner.sampler
         self._own = sampler.forward
-        self._draw = _Compiled() if device.type == "cuda" else _draw_into
+        self._draw = CompiledDraw() if device.type == "cuda" else _draw_into
         sampler.forward = self._forward
 
     def begin(self, sampling: Sampling) -> None:
@@ -111,29 +111,64 @@ def _draw_into(
 ) -> Tensor:
     """int32[B, 1]: the next token of each batch row. Its log-probability goes to its place in `logprobs`, where
     `uniforms` has the number that decides it: [capacity + 1, max_tokens + 1] both."""
-    last = sampling.max_tokens
-    position = lengths - prompts
-    position = position.where((position >= 0) & (position <= last), last)
+    position = _position(lengths - prompts, uniforms)
     tokens, found = draw(logits, None, uniforms[rows, position], sampling)
     logprobs[rows, position] = found
     return tokens.to(torch.int32).unsqueeze(-1)
 
 
-class _Compiled:
+def _draw_scores_into(
+    scores: Tensor,
+    rows: Tensor,
+    prompts: Tensor,
+    lengths: Tensor,
+    uniforms: Tensor,
+    logprobs: Tensor,
+    greedy: bool,
+) -> Tensor:
+    """`_draw_into` without what differs from run to run in floats: torch's compiler makes tensors of those."""
+    position = _position(lengths - prompts, uniforms)
+    tokens, found = draw_scores(scores, None, uniforms[rows, position], greedy=greedy, truncation=None)
+    logprobs[rows, position] = found
+    return tokens.to(torch.int32).unsqueeze(-1)
+
+
+def _position(made: Tensor, table: Tensor) -> Tensor:
+    """Columns of the table: the last one, which belongs to no token, for rows that are not at one of theirs."""
+    last = table.shape[1] - 1
+    return made.where((made >= 0) & (made <= last), last)
+
+
+class CompiledDraw:
     """`_draw_into` as a few kernels. Its thirty operations one by one cost the host 1.2 ms a step at batch 256, which
-    vLLM's next step waits for; this costs a sixth of it."""
+    vLLM's next step waits for."""
 
     def __init__(self) -> None:
-        self._run = torch.compile(_draw_into)
+        self._run = torch.compile(_draw_scores_into)
 
-    def __call__(self, *tensors: Any) -> Tensor:
-        for tensor in tensors[:4]:  # the batch's size changes from step to step
+    def __call__(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        prompts: Tensor,
+        lengths: Tensor,
+        uniforms: Tensor,
+        logprobs: Tensor,
+        sampling: Sampling,
+    ) -> Tensor:
+        if sampling.truncates:  # sorts, which the compiler leaves as they are
+            return _draw_into(logits, rows, prompts, lengths, uniforms, logprobs, sampling)
+        scores = logits if sampling.temperature in (0, 1) else logits.float() / sampling.temperature
+        for tensor in (scores, rows, prompts, lengths):  # the batch's size changes from step to step
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        torch._dynamo.maybe_mark_dynamic(uniforms, 1)
+        torch._dynamo.maybe_mark_dynamic(logprobs, 1)
+        arguments = (scores, rows, prompts, lengths, uniforms, logprobs, sampling.temperature == 0)
         dynamo: Any = torch._dynamo
         try:
-            return self._run(*tensors)
+            return self._run(*arguments)
         except dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().split("\n", 1)[0][:200]
             logger.warning(f"the draw of tokens can't be compiled, so rollouts run slower: {reason}")
-            self._run = _draw_into
-            return self._run(*tensors)
+            self._run = _draw_scores_into
+            return self._run(*arguments)

@@ -46,6 +46,7 @@ def policy_and_engine(
     versions.check()
     device = pick_device(config.model)
     dtype = pick_dtype(config.model, device)
+    launch.check_mode(config.rollout.adapter_mode, device, dtype)
     lora = adapters.configured(config.adapter)
     model = empty_model(config.model, dtype)
     shape, rests = _shape(config, model, device, dtype, launch.slot_rank(lora))
@@ -104,6 +105,7 @@ def sharded_policy_and_engine(
     versions.check()
     device = pick_device(config.model)
     dtype = pick_dtype(config.model, device)
+    launch.check_mode("adapter", device, dtype, parts=True)
     lora = adapters.configured(config.adapter)
     model = empty_model(config.model, dtype)
     tensor_parallel.check(model.config, sharers.size)
@@ -143,6 +145,9 @@ def _folds(config: RunConfig, engine: VllmEngine, policy: Policy, shares: bool, 
     mode = config.rollout.adapter_mode
     if mode == "fold" and not shares:
         raise UserError("rollout.adapter_mode=fold needs a shared base, and this one is not; use adapter_mode=adapter.")
+    if not launch.slots_compute(policy.device, policy.dtype):
+        launch.check_mode(mode if shares else "adapter", policy.device, policy.dtype)
+        return True
     if mode != "auto" or not shares:
         return mode == "fold"
     engine.publish(TRAINED, 0, policy.checksum(TRAINED))
