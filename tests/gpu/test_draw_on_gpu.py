@@ -5,7 +5,7 @@ import torch
 
 from lorl.policy.logprobs import linear_logits
 from lorl.rollout.engine import Sampling
-from lorl.rollout.vllm.sampler import CompiledDraw, _draw_into
+from lorl.rollout.vllm.sampler import Batch, CompiledDraw, draw_into
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -23,8 +23,8 @@ def test_compiled_draws_are_the_plain_ones(sampling: dict[str, float]) -> None:
         uniforms = torch.rand(100, 17, device="cuda", dtype=torch.float64, generator=generator)
         plain, fused = torch.zeros(2, 100, 17, device="cuda")
         with torch.inference_mode():
-            expected = _draw_into(logits, rows, prompts, lengths, uniforms, plain, how)
-            found = compiled(logits, rows, prompts, lengths, uniforms, fused, how)
+            expected = draw_into(logits, Batch(rows, prompts, lengths, uniforms, plain), how)
+            found = compiled(logits, Batch(rows, prompts, lengths, uniforms, fused), how)
         assert (found == expected).float().mean() > 0.98  # the last digit of a sum may fall on a token's edge
         same = (found == expected)[:, 0]
         position = (lengths - prompts).long()

@@ -50,16 +50,21 @@ def draw(logits: Tensor, row: Tensor | None, uniform: Tensor, sampling: Sampling
         int64[N] tokens, and float32[N] their log-probabilities at the sampling temperature (1 when greedy) before any
         truncation: the quantity that training computes. NaN where the logits are not finite.
     """
-    scores = logits if sampling.temperature in (0, 1) else logits.float() / sampling.temperature
+    truncation = sampling if sampling.truncates else None
     return draw_scores(
-        scores, row, uniform, greedy=sampling.temperature == 0, truncation=sampling if sampling.truncates else None
+        scores_of(logits, sampling), row, uniform, greedy=sampling.temperature == 0, truncation=truncation
     )
+
+
+def scores_of(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The logits at the sampling temperature; greedy samples are scored at 1."""
+    return logits if sampling.temperature in (0, 1) else logits.float() / sampling.temperature
 
 
 def draw_scores(
     scores: Tensor, row: Tensor | None, uniform: Tensor, *, greedy: bool, truncation: Sampling | None
 ) -> tuple[Tensor, Tensor]:
-    """`draw` from logits that the temperature has been divided out of."""
+    """`draw` from `scores_of` logits."""
     weights, top = _weigh(scores)
     sums = _block_sums(weights)
     if row is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorl.errors import InfrastructureError
+from lorl.rollout.vllm.versions import replaced
 
 FORMAT = "lorl"  # vLLM's `load_format` while `adopting`
 
@@ -67,8 +68,5 @@ def _hollow_parameters() -> Iterator[None]:
         if param is not None:
             param.data = param.data.new_zeros(()).expand(param.shape)
 
-    nn.Module.register_parameter = hollow
-    try:
+    with replaced(nn.Module, register_parameter=hollow):
         yield
-    finally:
-        nn.Module.register_parameter = register

@@ -7,7 +7,7 @@ depend on order or batching, only on the last digits of the logits.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from lorl.rollout.engine import Sampling
-from lorl.rollout.sampling import check_finite, draw, draw_scores, uniforms
+from lorl.rollout.sampling import check_finite, draw_scores, scores_of, uniforms
 from lorl.rollout.vllm.versions import Inside
 
 logger = logging.get_logger(__name__)
@@ -34,11 +34,11 @@ class CountedSampler:
         self._sampling = Sampling()
         self._uniforms = torch.zeros(0)
         self._logprobs = torch.zeros(0)
-        self._batch: list[str] = []
+        self._ids: list[str] = []  # of the running batch
         self._rows = self._prompts = torch.zeros(0, dtype=torch.int64)
         sampler = inside.runner.sampler
         self._own = sampler.forward
-        self._draw = CompiledDraw() if device.type == "cuda" else _draw_into
+        self._draw = CompiledDraw() if device.type == "cuda" else draw_into
         sampler.forward = self._forward
 
     def begin(self, sampling: Sampling) -> None:
@@ -46,7 +46,7 @@ class CountedSampler:
         self._sampling = sampling
         self._free = list(range(self._capacity))
         self._slots.clear()
-        self._batch = []
+        self._ids = []
         # The extra row and column take what belongs to no token: rows of partial prefills, and of requests just ended.
         shape = (self._capacity + 1, sampling.max_tokens + 1)
         if self._logprobs.shape != shape:
@@ -79,96 +79,73 @@ class CountedSampler:
             return self._own(logits, sampling_metadata, *args, **kwargs)
         from vllm.v1.outputs import SamplerOutput  # pyright: ignore[reportMissingImports]
 
-        rows, prompts, lengths = self._where(logits.shape[0])
-        tokens = self._draw(logits, rows, prompts, lengths, self._uniforms, self._logprobs, self._sampling)
+        tokens = self._draw(logits, self._batch(logits.shape[0]), self._sampling)
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
 
-    def _where(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """On the device, of every batch row: its row of the tables int64[B], the tokens of its prompt int64[B], and its
-        tokens so far int32[B].
+    def _batch(self, count: int) -> "Batch":
+        """The running batch of `count` rows, on the device.
 
-        What only changes when requests come and go is kept on the device, and sent through pinned memory: a copy from
-        pageable memory would wait for the device, and vLLM's next step could not be prepared meanwhile.
+        What only changes when requests come and go is kept there, and sent through pinned memory: a copy from pageable
+        memory would wait for the device, and vLLM's next step could not be prepared meanwhile.
         """
         ids = self._inside.runner.input_batch.req_ids
-        if ids != self._batch:
-            self._batch = list(ids)
+        if ids != self._ids:
+            self._ids = list(ids)
             known = [self._slots.get(request, self._capacity) for request in ids]
             lengths = self._inside.prompt_lengths(count).tolist()
             pinned = torch.tensor([known, lengths], pin_memory=self._device.type == "cuda")
             self._rows, self._prompts = pinned.to(self._device, non_blocking=True)
-        return self._rows, self._prompts, self._inside.sequence_lengths(count)
+        lengths = self._inside.sequence_lengths(count)
+        return Batch(self._rows, self._prompts, lengths, self._uniforms, self._logprobs)
 
 
-def _draw_into(
-    logits: Tensor,
-    rows: Tensor,
-    prompts: Tensor,
-    lengths: Tensor,
-    uniforms: Tensor,
-    logprobs: Tensor,
-    sampling: Sampling,
-) -> Tensor:
-    """int32[B, 1]: the next token of each batch row. Its log-probability goes to its place in `logprobs`, where
-    `uniforms` has the number that decides it: [capacity + 1, max_tokens + 1] both."""
-    position = _position(lengths - prompts, uniforms)
-    tokens, found = draw(logits, None, uniforms[rows, position], sampling)
-    logprobs[rows, position] = found
+class Batch(NamedTuple):
+    """What a draw reads besides the logits, and where it writes."""
+
+    rows: Tensor  # int64[B], each batch row's row of the tables
+    prompts: Tensor  # int64[B], tokens of its prompt
+    lengths: Tensor  # int32[B], its tokens so far
+    uniforms: Tensor  # float64[capacity + 1, max_tokens + 1], the numbers that decide the tokens
+    logprobs: Tensor  # float32, likewise: takes their log-probabilities
+
+
+def draw_into(logits: Tensor, batch: Batch, sampling: Sampling) -> Tensor:
+    """int32[B, 1]: the next token of each batch row, whose log-probability goes to its place in the table."""
+    truncation = sampling if sampling.truncates else None
+    return _draw_scores(scores_of(logits, sampling), batch, sampling.temperature == 0, truncation)
+
+
+def _draw_scores(scores: Tensor, batch: Batch, greedy: bool, truncation: Sampling | None = None) -> Tensor:
+    last = batch.uniforms.shape[1] - 1
+    position = batch.lengths - batch.prompts
+    position = position.where((position >= 0) & (position <= last), last)
+    uniform = batch.uniforms[batch.rows, position]
+    tokens, found = draw_scores(scores, None, uniform, greedy=greedy, truncation=truncation)
+    batch.logprobs[batch.rows, position] = found
     return tokens.to(torch.int32).unsqueeze(-1)
-
-
-def _draw_scores_into(
-    scores: Tensor,
-    rows: Tensor,
-    prompts: Tensor,
-    lengths: Tensor,
-    uniforms: Tensor,
-    logprobs: Tensor,
-    greedy: bool,
-) -> Tensor:
-    """`_draw_into` without what differs from run to run in floats: torch's compiler makes tensors of those."""
-    position = _position(lengths - prompts, uniforms)
-    tokens, found = draw_scores(scores, None, uniforms[rows, position], greedy=greedy, truncation=None)
-    logprobs[rows, position] = found
-    return tokens.to(torch.int32).unsqueeze(-1)
-
-
-def _position(made: Tensor, table: Tensor) -> Tensor:
-    """Columns of the table: the last one, which belongs to no token, for rows that are not at one of theirs."""
-    last = table.shape[1] - 1
-    return made.where((made >= 0) & (made <= last), last)
 
 
 class CompiledDraw:
-    """`_draw_into` as a few kernels. Its thirty operations one by one cost the host 1.2 ms a step at batch 256, which
+    """`draw_into` as a few kernels. Its thirty operations one by one cost the host 1.2 ms a step at batch 256, which
     vLLM's next step waits for."""
 
     def __init__(self) -> None:
-        self._run = torch.compile(_draw_scores_into)
+        self._run = torch.compile(_draw_scores)
 
-    def __call__(
-        self,
-        logits: Tensor,
-        rows: Tensor,
-        prompts: Tensor,
-        lengths: Tensor,
-        uniforms: Tensor,
-        logprobs: Tensor,
-        sampling: Sampling,
-    ) -> Tensor:
+    def __call__(self, logits: Tensor, batch: Batch, sampling: Sampling) -> Tensor:
         if sampling.truncates:  # sorts, which the compiler leaves as they are
-            return _draw_into(logits, rows, prompts, lengths, uniforms, logprobs, sampling)
-        scores = logits if sampling.temperature in (0, 1) else logits.float() / sampling.temperature
-        for tensor in (scores, rows, prompts, lengths):  # the batch's size changes from step to step
+            return draw_into(logits, batch, sampling)
+        scores = scores_of(logits, sampling)  # outside: the compiler makes a tensor of a temperature that changes
+        for tensor in (scores, batch.rows, batch.prompts, batch.lengths):  # the batch's size changes from step to step
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        torch._dynamo.maybe_mark_dynamic(uniforms, 1)
-        torch._dynamo.maybe_mark_dynamic(logprobs, 1)
-        arguments = (scores, rows, prompts, lengths, uniforms, logprobs, sampling.temperature == 0)
+        for table in (batch.uniforms, batch.logprobs):
+            torch._dynamo.maybe_mark_dynamic(table, 1)
+        greedy = sampling.temperature == 0
         dynamo: Any = torch._dynamo
         try:
-            return self._run(*arguments)
+            return self._run(scores, batch, greedy)
         except dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().split("\n", 1)[0][:200]
             logger.warning(f"the draw of tokens can't be compiled, so rollouts run slower: {reason}")
-            self._run = _draw_scores_into
-            return self._run(*arguments)
+            self._run = _draw_scores
+            return self._run(scores, batch, greedy)

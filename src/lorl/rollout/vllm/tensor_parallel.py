@@ -7,7 +7,6 @@ The requests have to be the same on all ranks, in the same order.
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from lorl.errors import UserError
 from lorl.policy.shards import Shard, Sharers
 from lorl.policy.sharing import CannotBindError, Weights, find
-from lorl.rollout.vllm.versions import Inside
+from lorl.rollout.vllm.versions import Inside, replaced
 
 
 def check(config: Any, size: int) -> None:
@@ -41,7 +40,7 @@ def start(sharers: Sharers, launch: Callable[..., Inside], **extra: Any) -> Insi
     os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")  # needs NVLink multicast and all GPUs in sight
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     place = (f"lorl:{sharers.rank}", sharers.rank, device)
-    with patch.object(ExecutorWithExternalLauncher, "_distributed_args", lambda _: place):
+    with replaced(ExecutorWithExternalLauncher, _distributed_args=lambda _: place):
         return launch(
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=sharers.size,

@@ -211,12 +211,18 @@ def _process_groups_kept() -> Iterator[None]:
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         yield
         return
-    names = ("destroy_model_parallel", "destroy_distributed_environment")
-    own = {name: getattr(parallel_state, name) for name in names}
-    for name in names:
-        setattr(parallel_state, name, lambda: None)
+    with replaced(parallel_state, destroy_model_parallel=lambda: None, destroy_distributed_environment=lambda: None):
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Inside, `owner` (a module or a class of vLLM's or torch's) has these attributes instead of its own."""
+    own = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, function in own.items():
-            setattr(parallel_state, name, function)
+        for name, value in own.items():
+            setattr(owner, name, value)
