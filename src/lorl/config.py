@@ -119,7 +119,9 @@ class RolloutConfig(Section):
     ignore_eos: bool = Field(default=False, description="Sample on to max_response_tokens: for measuring speed")
     max_concurrent: PositiveInt = Field(default=256, description="Sequences decoded at a time")
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="Share of the device's memory that the KV cache may take; null: 0.4, or what fits"
+        default=None,
+        description="Share of the device's memory that the KV cache may take; null: the least of what max_concurrent "
+        "sequences can fill, 0.4, and what fits",
     )
     max_mismatch: PositiveFloat | None = Field(
         default=None,

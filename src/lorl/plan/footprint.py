@@ -14,6 +14,8 @@ from lorl.plan.lora import Lora
 from lorl.plan.shape import Projection, Shape
 from lorl.policy.logprobs import CHUNK_BYTES
 
+BLOCK_TOKENS = 16  # of vLLM's cache on a GPU
+SPARE_TOKENS = 512  # beyond the samples: a publish's proof
 MASTER_BYTES = 4  # float32, whatever the base's dtype
 GRADIENT_BYTES = 4
 ADAMW_BYTES = 8  # two float32 moments
@@ -115,18 +117,26 @@ class Cache:
     rests: bool  # it gives its memory back while the policy trains
 
 
-def kv_cache(*, total: int, room: int, training: int, fraction: float | None, smallest: int, rest: str) -> Cache:
+def fullest_cache(per_token: int, sequences: int, tokens: int) -> int:
+    """Bytes of keys and values when `sequences` of `tokens` each are all there, the last block of each begun."""
+    return per_token * (sequences * (tokens + BLOCK_TOKENS) + SPARE_TOKENS)
+
+
+def kv_cache(
+    *, total: int, room: int, training: int, fraction: float | None, smallest: int, fullest: int, rest: str
+) -> Cache:
     """Divides what is left of a device between the KV cache and training.
 
     Args:
         total: the device's memory; room: what base, adapters, engine and reserve leave of it.
         training: the largest forward and backward pass.
-        fraction: `rollout.memory_fraction` of `total` for the cache; None: 0.4, or what fits.
-        smallest: a cache that holds one sample.
+        fraction: `rollout.memory_fraction` of `total` for the cache; None: what rollouts can fill, 0.4, or what fits,
+            whichever is least. What the cache leaves, activations may keep instead of being computed again.
+        smallest: a cache that holds one sample; fullest: one that no rollout of this run fills.
         rest: `rollout.rest`: auto, always or never.
     """
     most = room if rest != "never" else room - training
     wanted = int((0.4 if fraction is None else fraction) * total)
     if fraction is None:
-        wanted = max(smallest, min(wanted, most))
+        wanted = max(smallest, min(wanted, most, fullest))
     return Cache(wanted, most, rest == "always" or (rest == "auto" and wanted > room - training))

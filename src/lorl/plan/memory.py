@@ -101,7 +101,7 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool
         Row("CUDA, NCCL, fragmentation", reserve, reserve),
     ]
     per_token = footprint.kv_bytes(shape, n, layout.engine)
-    smallest = per_token * (demand.longest + 512)
+    smallest = per_token * (demand.longest + footprint.SPARE_TOKENS)
     training = kept + layer + head + gathered
     room = cluster.gpu.memory - sum(row.training for row in rows)
     cache = footprint.kv_cache(
@@ -110,6 +110,7 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool
         training=training,
         fraction=demand.memory_fraction,
         smallest=smallest,
+        fullest=footprint.fullest_cache(per_token, demand.concurrent, demand.longest),
         rest=demand.rest if vllm else "always",
     )
     rows += [

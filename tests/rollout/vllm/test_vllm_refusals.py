@@ -84,15 +84,24 @@ def test_adapters_that_vllm_does_not_compute(fields: dict[str, Any], said: str) 
 
 
 def asked(**changed: float | str | None) -> Budget:
-    values: dict[str, Any] = {"total": 80, "free": 79, "base": 3, "adapters": 1, "training": 20, "smallest": 1}
+    values: dict[str, Any] = {
+        "total": 80,
+        "free": 79,
+        "base": 3,
+        "adapters": 1,
+        "training": 20,
+        "smallest": 1,
+        "fullest": 70,
+    }
     values = {name: int(changed.get(name, size) * GIB) for name, size in values.items()}
     return budget(**values, fraction=changed.get("fraction"), rest=changed.get("rest", "auto"))  # type: ignore[arg-type]
 
 
-def test_by_default_the_cache_takes_four_tenths_of_the_device_or_what_fits() -> None:
+def test_by_default_the_cache_takes_what_rollouts_fill_or_four_tenths_of_the_device_or_what_fits() -> None:
     assert asked() == Budget(32 * GIB, rests=False)
     small = asked(base=60, training=10)  # 79 - 60 - 1 - 2.4
     assert small.kv_bytes == pytest.approx(15.6 * GIB, rel=1e-6)
+    assert asked(fullest=6) == Budget(6 * GIB, rests=False)  # what no rollout fills is left to training
 
 
 @pytest.mark.parametrize(

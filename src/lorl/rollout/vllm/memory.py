@@ -21,7 +21,16 @@ class Budget:
 
 
 def budget(
-    *, total: int, free: int, base: int, adapters: int, training: int, fraction: float | None, smallest: int, rest: str
+    *,
+    total: int,
+    free: int,
+    base: int,
+    adapters: int,
+    training: int,
+    fraction: float | None,
+    smallest: int,
+    fullest: int,
+    rest: str,
 ) -> Budget:
     """How large the KV cache is, and whether it must rest between rollouts. All in bytes.
 
@@ -29,8 +38,9 @@ def budget(
         total, free: the device's memory, and what of it nobody holds yet.
         base: the frozen weights; adapters: masters, optimizer state and slots.
         training: the largest forward and backward pass.
-        fraction: `rollout.memory_fraction` of `total` for the KV cache; None: 0.4, or what fits.
-        smallest: a KV cache that holds one sample.
+        fraction: `rollout.memory_fraction` of `total` for the KV cache; None: the least of what rollouts can fill, 0.4,
+            and what fits.
+        smallest: a KV cache that holds one sample; fullest: one that no rollout fills.
         rest: `rollout.rest`: auto, always or never.
 
     Raises:
@@ -43,7 +53,13 @@ def budget(
             "lower parallel.microbatch_tokens, or set model.gradient_checkpointing=true."
         )
     cache = footprint.kv_cache(
-        total=total, room=room, training=training, fraction=fraction, smallest=smallest, rest=rest
+        total=total,
+        room=room,
+        training=training,
+        fraction=fraction,
+        smallest=smallest,
+        fullest=fullest,
+        rest=rest,
     )
     if not smallest <= cache.wanted <= cache.most:
         advice = (

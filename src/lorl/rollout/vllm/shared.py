@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorl.config import RunConfig
 from lorl.errors import UserError
+from lorl.plan.footprint import SPARE_TOKENS, fullest_cache
 from lorl.policy import adapters
 from lorl.policy.load import TRAINED, fill_random, load_base, load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
@@ -168,11 +169,12 @@ def _shape(
     their schedulers have to decide alike."""
     text = model.config.get_text_config()
     max_tokens = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, _PROOF_TOKENS)
-    smallest = kv_bytes_per_token(text, dtype.itemsize) * (max_tokens + 512)
+    per_token = kv_bytes_per_token(text, dtype.itemsize)
     base, gathered = parameter_bytes(model), 0
     if sharers is not None:
-        smallest //= min(sharers.size, text.num_key_value_heads)
+        per_token //= min(sharers.size, text.num_key_value_heads)
         base, gathered = base // sharers.size, _gathered_bytes(model)
+    smallest = per_token * (max_tokens + SPARE_TOKENS)
     fraction = config.rollout.memory_fraction
     free, total = _memory(device, config.parallel.gpus)
     if device.type == "cpu":
@@ -201,6 +203,7 @@ def _shape(
         ),
         fraction=fraction,
         smallest=smallest,
+        fullest=fullest_cache(per_token, config.rollout.max_concurrent, max_tokens),
         rest=config.rollout.rest,
     )
     kv_bytes, rests = found.kv_bytes, found.rests
