@@ -80,6 +80,10 @@ KL: dict[str, list[str]] = {
         f"kl_{name}": ["algorithm.kl_coef=0.001", f"algorithm.kl_estimator={name}"]
         for name in ("k2", "k3", "low_var_kl", "abs", "full")
     },
+    **{
+        f"kl_{name}_straight": ["algorithm.kl_coef=0.001", f"algorithm.kl_estimator={name}+"]
+        for name in ("k1", "abs", "low_var_kl")
+    },
 }
 
 AGGREGATIONS: dict[str, list[str]] = {
@@ -96,10 +100,25 @@ CORRECTIONS: dict[str, list[str]] = {
             "decoupled_seq_is_rs",
             "decoupled_geo_rs",
             "decoupled_k3_rs",
+            "decoupled_geo_rs_seq_tis",
+            "decoupled_geo_rs_token_tis",
+            "decoupled_k3_rs_seq_tis",
+            "decoupled_k3_rs_token_tis",
             "bypass_ppo_clip",
+            "bypass_ppo_clip_geo_rs",
+            "bypass_ppo_clip_k3_rs",
         )
     },
-    "bypass_pg_is": ["correction.preset=bypass_pg_is"],
+    **{
+        name: [f"correction.preset={name}"]
+        for name in (
+            "bypass_pg_is",
+            "bypass_pg_token_icepop",
+            "bypass_pg_geo_rs",
+            "bypass_pg_geo_rs_seq_tis",
+            "bypass_pg_geo_rs_token_tis",
+        )
+    },
 }
 
 ALGORITHMS: dict[str, list[str]] = {**ADVANTAGES, **POLICY_LOSSES, **KL, **AGGREGATIONS, **CORRECTIONS}
