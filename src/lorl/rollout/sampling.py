@@ -18,12 +18,22 @@ def uniforms(seed: int, count: int) -> np.ndarray:
 
 
 def draw_tokens(logits: Tensor, row: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Like `draw`, but looks at the log-probabilities: that waits for the device.
+    """Draws N tokens from B distributions, and waits for the device to see that they are some.
+
+    Args:
+        logits: [B, V], any float type.
+        row: int64[N], the distribution that each draw is from: samples that agree so far share one.
+        uniform: float64[N] in [0, 1).
+
+    Returns:
+        int64[N] tokens, and float32[N] their log-probabilities at the sampling temperature (1 when greedy) before any
+        truncation: the quantity that training computes.
 
     Raises:
         DivergedError: the logits are not finite.
     """
-    tokens, logprobs = draw(logits, row, uniform, sampling)
+    greedy, truncation = sampling.temperature == 0, sampling if sampling.truncates else None
+    tokens, logprobs = draw_scores(scores_of(logits, sampling), row, uniform, greedy=greedy, truncation=truncation)
     check_finite(logprobs)
     return tokens, logprobs
 
@@ -38,24 +48,6 @@ def check_finite(logprobs: Tensor) -> None:
         )
 
 
-def draw(logits: Tensor, row: Tensor | None, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draws N tokens from B distributions.
-
-    Args:
-        logits: [B, V], any float type.
-        row: int64[N], the distribution that each draw is from: samples that agree so far share one. None: each its own.
-        uniform: float64[N] in [0, 1).
-
-    Returns:
-        int64[N] tokens, and float32[N] their log-probabilities at the sampling temperature (1 when greedy) before any
-        truncation: the quantity that training computes. NaN where the logits are not finite.
-    """
-    truncation = sampling if sampling.truncates else None
-    return draw_scores(
-        scores_of(logits, sampling), row, uniform, greedy=sampling.temperature == 0, truncation=truncation
-    )
-
-
 def scores_of(logits: Tensor, sampling: Sampling) -> Tensor:
     """The logits at the sampling temperature; greedy samples are scored at 1."""
     return logits if sampling.temperature in (0, 1) else logits.float() / sampling.temperature
@@ -64,7 +56,8 @@ def scores_of(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw_scores(
     scores: Tensor, row: Tensor | None, uniform: Tensor, *, greedy: bool, truncation: Sampling | None
 ) -> tuple[Tensor, Tensor]:
-    """`draw` from `scores_of` logits."""
+    """`draw_tokens` from `scores_of` logits, not waited for: log-probabilities are NaN where the logits are not finite.
+    `row` None: each draw has a distribution of its own."""
     weights, top = _weigh(scores)
     sums = _block_sums(weights)
     if row is not None:

@@ -179,8 +179,6 @@ def _shape(
     free, total = _memory(device, config.parallel.gpus)
     if device.type == "cpu":
         fraction = fraction or max(min(0.4, _CPU_KV_BYTES / total), smallest / total)
-    tree = config.data.max_prompt_tokens + config.rollout.n * config.rollout.max_response_tokens
-    recompute = config.model.gradient_checkpointing
     found = budget(
         total=total,
         free=free,
@@ -192,15 +190,7 @@ def _shape(
             itemsize=dtype.itemsize,
             learning=1 + (config.algorithm.advantage == "gae"),
         ),
-        training=gathered
-        + training_bytes(
-            text,
-            config.parallel.microbatch_tokens,
-            itemsize=dtype.itemsize,
-            checkpointing=device.type == "cuda" if recompute == "auto" else recompute,
-            rank=rank,
-            masked=0 if device.type == "cuda" else min(tree, config.parallel.microbatch_tokens),
-        ),
+        training=gathered + _training_bytes(config, text, device, dtype, rank),
         fraction=fraction,
         smallest=smallest,
         fullest=fullest_cache(per_token, config.rollout.max_concurrent, max_tokens),
@@ -218,6 +208,20 @@ def _shape(
         can_rest=rests,
     )
     return shape, rests
+
+
+def _training_bytes(config: RunConfig, text: Any, device: torch.device, dtype: torch.dtype, rank: int) -> int:
+    """Of the largest pass, with layers computed again where the run may do so."""
+    tree = config.data.max_prompt_tokens + config.rollout.n * config.rollout.max_response_tokens
+    tokens, recompute = config.parallel.microbatch_tokens, config.model.gradient_checkpointing
+    return training_bytes(
+        text,
+        tokens,
+        itemsize=dtype.itemsize,
+        checkpointing=device.type == "cuda" if recompute == "auto" else recompute,
+        rank=rank,
+        masked=0 if device.type == "cuda" else min(tree, tokens),
+    )
 
 
 def _gathered_bytes(model: PreTrainedModel) -> int:
