@@ -83,8 +83,9 @@ def engine_on(config: RunConfig, engines: Sequence[Engine] = PLANNED) -> Callabl
 
 
 def _starts(config: RunConfig, layout: Layout, engine: Engine) -> bool:
-    if engine == "torch" and layout.engine > 1:
-        return False  # the embedded engine is one rank's
+    # The embedded engine is one rank's; a vLLM is of all ranks that hold a copy of the base among them.
+    if layout.engine != (1 if engine == "torch" else layout.shard):
+        return False
     try:
         check_combination(_with(config, layout, engine))
     except (UserError, ValidationError):
