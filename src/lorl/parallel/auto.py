@@ -83,8 +83,7 @@ def engine_on(config: RunConfig, engines: Sequence[Engine] = PLANNED) -> Callabl
 
 
 def _starts(config: RunConfig, layout: Layout, engine: Engine) -> bool:
-    # The embedded engine is one rank's; a vLLM is of all ranks that hold a copy of the base among them.
-    if layout.engine != (1 if engine == "torch" else layout.shard):
+    if not layout.samples_with(engine):
         return False
     try:
         check_combination(_with(config, layout, engine))

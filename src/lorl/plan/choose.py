@@ -63,11 +63,12 @@ def choose(
     """The simplest plan that fits and takes less than `about` times as long as the fastest that does; where none fits,
     the one that lacks least. Simpler layouts come first in `layouts`.
 
-    `strategy`, `offload` and `engine_on` narrow the choice; without the last, every layout samples with the demand's
+    `strategy`, `offload` and `engine_on` narrow the choice; without the last, it is among the layouts for the demand's
     engine. None: there is no such layout on this cluster.
     """
     found = layouts(demand.shape, cluster, strategy, offload, demand.shard_size)
-    sampled = [(layout, engine_on(layout) if engine_on else demand.engine) for layout in found]
+    engine_on = engine_on or (lambda layout: demand.engine if layout.samples_with(demand.engine) else None)
+    sampled = [(layout, engine_on(layout)) for layout in found]
     plans = [make_plan(replace(demand, engine=engine), layout, cluster) for layout, engine in sampled if engine]
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
