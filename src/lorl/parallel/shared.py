@@ -29,14 +29,14 @@ from lorl.rollout.vllm import shared as vllm
 def ranks_per_engine(config: RunConfig) -> int:
     """Ranks that sample as one, from the same requests: those that hold a copy of the base among them."""
     in_parts = config.parallel.strategy in (*STRATEGIES, "shared")
-    return shard_size(config) if in_parts and samples_with_vllm(config) else 1
+    return shard_size(config) if in_parts and samples_with_vllm(config) else 1  # of one rank it is 1 as well
 
 
 def samples_with_vllm(config: RunConfig) -> bool:
     """`vllm.chosen`, in a layout that vLLM samples in; others are refused where it was asked for by name."""
     parallel = config.parallel
-    whole_elsewhere = parallel.param_offload and parallel.strategy not in STRATEGIES
-    return vllm.chosen(config) and not whole_elsewhere and parallel.sequence == 1
+    has_a_copy = parallel.strategy in STRATEGIES and parallel.gpus * parallel.nodes > 1
+    return vllm.chosen(config) and (has_a_copy or not parallel.param_offload) and parallel.sequence == 1
 
 
 def policy_and_engine(

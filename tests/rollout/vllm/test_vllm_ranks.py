@@ -83,14 +83,16 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory, pool: RewardPoo
     [
         pytest.param(["rollout.adapter_mode=adapter"], id="an engine each"),
         pytest.param(["parallel.strategy=shared"], id="one engine on shared parts"),
-        pytest.param(["parallel.strategy=fsdp2"], id="one engine beside fsdp2"),
+        pytest.param(
+            ["parallel.strategy=fsdp2", "parallel.gpus=4", "parallel.shard_size=2"], id="two engines beside fsdp2"
+        ),
         pytest.param(["parallel.strategy=fsdp", "parallel.param_offload=true"], id="one engine beside fsdp, offloaded"),
     ],
 )
 def test_ranks_train_to_the_numbers_of_one_process(
     keys: list[str], model: Path, alone: Path, tmp_path: Path, pool: RewardPool
 ) -> None:
-    many = trained(model, tmp_path, pool, *keys, "parallel.gpus=2", name="many")
+    many = trained(model, tmp_path, pool, "parallel.gpus=2", *keys, name="many")
     assert_equal_runs(alone, many, STEPS)
 
 
@@ -165,25 +167,22 @@ def test_the_engines_parts_are_the_trainers_base(case: str, tmp_path: Path) -> N
         assert size / 2 < held < 0.6 * size  # norms, and the key and value head of which there is one
 
 
-@pytest.mark.parametrize(
-    ("case", "keys"),
-    [
-        ("llama", ["parallel.strategy=fsdp2"]),
-        ("smollm", ["parallel.strategy=fsdp2", "model.random_weights=true"]),
-        ("gemma3", ["parallel.strategy=fsdp2", "parallel.param_offload=true"]),
-        ("smollm", ["parallel.strategy=fsdp"]),
-    ],
-)
-def test_an_engine_beside_the_trainers_parts_has_a_copy_of_them(case: str, keys: list[str], tmp_path: Path) -> None:
-    model_type, overrides = CASES[case]
+def beside(group: Ranks, model: Path, *overrides: str) -> tuple[Policy, VllmEngine, ShardedTrainer, list[str]]:
+    config = vllm_config(model, *overrides, "parallel.gpus=2")
+    told: list[str] = []
+    trainer = ShardedTrainer(config, load_tokenizer(config.model), group, told.append)
+    policy, engine = copied.policy_and_engine(config, trainer, told.append, sharers_of(group.size, 60.0))
+    return policy, engine, trainer, told
+
+
+def test_an_engine_beside_the_trainers_parts_has_a_copy_of_them(tmp_path: Path) -> None:
+    model_type, overrides = CASES["smollm"]
+    keys = ["parallel.strategy=fsdp2", "parallel.param_offload=true", "model.random_weights=true"]
     folder = save_model(tmp_path / "model", model_type, **overrides)
     vllm_engines._no_inspectors()
 
     def work(group: Ranks) -> Any:
-        config = vllm_config(folder, *keys, "parallel.gpus=2", "rollout.rest=always")
-        told: list[str] = []
-        trainer = ShardedTrainer(config, load_tokenizer(config.model), group, told.append)
-        policy, engine = copied.policy_and_engine(config, trainer, told.append, sharers_of(group.size, 60.0))
+        policy, engine, trainer, told = beside(group, folder, *keys, "rollout.rest=always")
         names = [name for name, _ in trainer.wholes(policy)]
         draw(policy, 1)
         engine.publish(TRAINED, 1, policy.checksum(TRAINED))
@@ -233,6 +232,25 @@ def test_a_damaged_part_of_a_slot_and_ranks_that_sample_apart_are_named(tmp_path
     for damaged, name, said in each(2, tmp_path, work, end_s=START_S):
         assert damaged == [name]
         assert "rank 1 sampled other tokens than rank 0" in said
+
+
+def test_adapters_on_what_the_checkpoint_fuses_are_one_sentence(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "phi3", num_key_value_heads=2)
+    vllm_engines._no_inspectors()
+
+    def work(group: Ranks) -> Any:
+        policy, engine, _, _ = beside(group, folder, "parallel.strategy=fsdp2")
+        apart = distance(policy, sample(engine), None)
+        try:
+            engine.publish(TRAINED, 1, policy.checksum(TRAINED))
+        except UserError as error:
+            return apart, str(error)
+        return apart, ""
+
+    for apart, said in each(2, tmp_path, work, end_s=START_S):
+        assert apart < 1e-5
+        assert "the checkpoint fuses" in said
+        assert "adapter.exclude_modules" in said
 
 
 def test_heads_that_ranks_cannot_share_evenly_are_one_sentence(tmp_path: Path) -> None:
