@@ -29,7 +29,7 @@ from lorl.rollout.vllm import shared as vllm
 def ranks_per_engine(config: RunConfig) -> int:
     """Ranks that sample as one, from the same requests: those that hold a copy of the base among them."""
     in_parts = config.parallel.strategy in (*STRATEGIES, "shared")
-    return shard_size(config) if in_parts and samples_with_vllm(config) else 1  # of one rank it is 1 as well
+    return shard_size(config) if in_parts and samples_with_vllm(config) else 1
 
 
 def samples_with_vllm(config: RunConfig) -> bool:

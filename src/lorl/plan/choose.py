@@ -61,7 +61,8 @@ def choose(
     about: float = ABOUT,
 ) -> Plan | None:
     """The simplest plan that fits and takes less than `about` times as long as the fastest that does; where none fits,
-    the one that lacks least. Simpler layouts come first in `layouts`.
+    the one that lacks least. Simpler layouts come first in `layouts`. Another engine than the demand's is taken only
+    where nothing fits with that one: the seconds are vLLM's, and the embedded engine's on a GPU are many times as long.
 
     `strategy`, `offload` and `engine_on` narrow the choice; without the last, it is among the layouts for the demand's
     engine. None: there is no such layout on this cluster.
@@ -72,6 +73,7 @@ def choose(
     plans = [make_plan(replace(demand, engine=engine), layout, cluster) for layout, engine in sampled if engine]
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
+        fitting = [plan for plan in fitting if plan.demand.engine == demand.engine] or fitting
         fastest = min(plan.seconds for plan in fitting)
         return next(plan for plan in fitting if plan.seconds <= fastest * about)
     return min(plans, key=lambda plan: plan.memory.shortage, default=None)
