@@ -41,9 +41,13 @@ def run(
     startable = engine_on(config.model_copy(update={"parallel": spread})) if wanted is None else None
     plan = choose(demand, cluster, wanted, offload, startable)
     if plan is None:
-        raise UserError(
-            f"--strategy {wanted} spreads the base over the GPUs of a node, and there is one; use ddp, or more --gpus"
+        lacks = (
+            "there is one; use ddp, or more --gpus"
+            if cluster.world == 1
+            else f"rollout.engine={demand.engine} cannot deal this model out evenly over so many; choose another "
+            "parallel.shard_size, or ddp"
         )
+        raise UserError(f"--strategy {wanted} spreads the base over the GPUs of a node, and {lacks}")
     change = None if plan.fits else smallest_change(demand, cluster, wanted, offload, startable)
     notes.append(_utilisation(cluster))
     if as_json:
