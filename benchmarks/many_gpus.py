@@ -1,24 +1,29 @@
-"""GRPO steps on several GPUs of one machine, by strategy, beside `lorl plan`.
+"""verl's reference run (`scaling.REFERENCE`) on several GPUs of one machine, by strategy, beside `lorl plan`.
 
-    python benchmarks/many_gpus.py --gpus 2 --shape 7b [--runs one ddp shared fsdp2] [--keys key=value ...]
+    python benchmarks/many_gpus.py --gpus 4 --shape 32b [--runs one ddp shared fsdp2] [--words key=value ...]
 
-Random weights of true size are drawn on the devices (fsdp2: by rank 0 on the host): nothing of that size is read. Each
-run is a process of its own: `one` (a single GPU), `ddp` (a whole base and engine on each), `shared` (one
-tensor-parallel vLLM over the trainer's own parts), `fsdp2` (the trainer's parts by FSDP2, and beside them a
-tensor-parallel vLLM with a copy of the base, as verl has it). That all ranks hold the same adapter is checked at every
-publish, or the run ends. Short table last; its memory, in GiB of the fullest GPU: what torch held at most, what
-nvidia-smi saw at most (start and capture included), and the peak that `lorl plan` says.
+Each run is a `python -m lorl.main_ppo` of its own, with the reference's words but for the model, the data, their
+lengths and the number of GPUs. Random weights of true size are drawn on the devices: nothing of that size is read. The
+runs are `one` (a single GPU), `ddp` (a whole base and engine on each), `shared` (one tensor-parallel vLLM over the
+trainer's own parts), `fsdp2` (the trainer's parts by FSDP2, and beside them a tensor-parallel vLLM with a copy of the
+base, as verl has it). That all ranks hold the same adapter is checked at every publish, or the run ends. Short table
+last; its memory, in GiB of the fullest GPU: what torch held at most, what nvidia-smi saw at most (start and capture
+included), and the peak that `lorl plan` says.
 """
 
 import argparse
 import json
+import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
+
+from datasets import Dataset
 
 from engine_gpu import LETTERS, SHAPES, device_name, model_folder
 from lorl import settings
@@ -27,34 +32,37 @@ from lorl.plan.choose import make_plan
 from lorl.plan.demand import demand_of
 from lorl.plan.hardware import GIB, Cluster, described_gpu
 from lorl.plan.layout import STRATEGIES, Layout
+from scaling import REFERENCE
 
 COLUMNS = {
     "step s": "time/step_s", "rollout": "time/rollout_s", "update": "time/update_s", "publish": "time/publish_s",
     "rollout tok/s": "throughput/rollout_tokens_per_s", "peak GiB": "memory/peak_gib", "mismatch": "rollout/mismatch",
 }  # fmt: skip
-RUNS = {
-    "one": ["parallel.gpus=1"],
-    "ddp": ["parallel.strategy=ddp"],
-    "shared": ["parallel.strategy=shared", "rollout.adapter_mode=adapter"],
-    "fsdp2": ["parallel.strategy=fsdp2", "rollout.adapter_mode=adapter"],
-}
+RUNS = {"one": "auto", "ddp": "ddp", "shared": "shared", "fsdp2": "fsdp2"}  # parallel.strategy
+ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 
 
-def overrides(args: argparse.Namespace, folder: Path, name: str) -> list[str]:
-    return [
-        f"model.path='{folder / 'model'}'", "model.random_weights=true", "rollout.engine=vllm",
-        "rollout.ignore_eos=true", f"rollout.enforce_eager={str(args.eager).lower()}",
-        f"data.train='{folder / 'train.jsonl'}'", f"data.prompts_per_step={args.prompts}", f"rollout.n={args.samples}",
-        f"data.max_prompt_tokens={args.prompt + 8}", f"rollout.max_response_tokens={args.response}",
-        f"reward.path='{folder / 'rule.py'}'", "reward.workers=2", f"trainer.total_steps={args.steps}",
-        "checkpoint.every_steps=null", f"run.dir='{folder}'", f"run.name={name}", f"parallel.gpus={args.gpus}",
-        *RUNS[name], *args.keys,
+def words(args: argparse.Namespace, folder: Path, name: str) -> list[str]:
+    """The command line of the run `name`: the reference's words, and those that this machine and its model ask for."""
+    gpus = 1 if name == "one" else args.gpus
+    own = [
+        f"actor_rollout_ref.model.path={folder / 'model'}", "+lorl.model.random_weights=true",
+        f"data.train_files={folder / 'train.parquet'}", f"data.train_batch_size={args.prompts}",
+        f"data.max_prompt_length={args.prompt + 8}", f"data.max_response_length={args.response}",
+        f"custom_reward_function.path={folder / 'rule.py'}", f"trainer.n_gpus_per_node={gpus}",
+        f"{ROLLOUT}.tensor_model_parallel_size={gpus}", f"{ACTOR}.fsdp_config.fsdp_size={gpus}",
+        f"{ROLLOUT}.n={args.samples}", f"{ROLLOUT}.ignore_eos=True", f"{ROLLOUT}.enforce_eager={args.eager}",
+        f"trainer.total_training_steps={args.steps}", "trainer.val_before_train=False", "+lorl.data.val=null",
+        f"+lorl.parallel.strategy={RUNS[name]}", "+lorl.rollout.engine=vllm", "+lorl.rollout.adapter_mode=adapter",
+        f"+lorl.run.dir={folder}", f"+lorl.run.name={name}", *args.words,
     ]  # fmt: skip
+    given = {word.partition("=")[0] for word in own}
+    return [*(word for word in REFERENCE if word.partition("=")[0] not in given), *own]
 
 
 def measured(args: argparse.Namespace, folder: Path, name: str) -> str:
     """A run's line in the table: medians of its steps but the first."""
-    command = [sys.executable, "-c", "from lorl.cli import main; main()", "train", *overrides(args, folder, name)]
+    command = [sys.executable, "-m", "lorl.main_ppo", *words(args, folder, name)]
     with InUse() as in_use:
         try:
             code = str(subprocess.run(command, timeout=args.limit).returncode)
@@ -78,14 +86,20 @@ def planned_gib(config_yaml: Path) -> float:
     parallel, engine = config.parallel, 1 if config.rollout.engine == "torch" else shard_size(config)
     strategy = next((one for one in STRATEGIES[1:] if one == parallel.strategy), None)
     layout = Layout(strategy, shard_size(config), engine, parallel.param_offload) if strategy else Layout("ddp")
-    name, total = nvidia_smi("name", "memory.total")[0]
+    if not (found := nvidia_smi("name", "memory.total")):
+        return float("nan")
+    name, total = found[0]
     gpu = described_gpu(name, int(total) * 2**20)
     return make_plan(demand_of(config)[0], layout, Cluster(gpu, parallel.gpus, parallel.nodes)).memory.peak / GIB
 
 
 def nvidia_smi(*what: str) -> list[list[str]]:
-    """A row for each GPU; memory is in MiB."""
+    """A row for each GPU that this process sees; memory is in MiB."""
+    if shutil.which("nvidia-smi") is None:
+        return []
     command = ["nvidia-smi", f"--query-gpu={','.join(what)}", "--format=csv,noheader,nounits"]
+    if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={seen}")
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [[cell.strip() for cell in line.split(",")] for line in lines]
 
@@ -107,7 +121,7 @@ class InUse:
 
     def _watch(self) -> None:
         while not self._done.wait(0.5):
-            self.gib = max(self.gib, *(int(used) / 1024 for (used,) in nvidia_smi("memory.used")))
+            self.gib = max([self.gib, *(int(used) / 1024 for (used,) in nvidia_smi("memory.used"))])
 
 
 def main() -> None:
@@ -115,14 +129,14 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--shape", choices=list(SHAPES), default="7b")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--response", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3, help="the first is not counted")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: starts sooner")
     parser.add_argument("--limit", type=float, default=600, help="seconds that one run may take")
-    parser.add_argument("--keys", nargs="*", default=[], help="more key=value for every run")
+    parser.add_argument("--words", nargs="*", default=[], help="more of verl's key=value for every run")
     args = parser.parse_args()
     draw = random.Random(0)
     table: list[str] = []
@@ -130,7 +144,12 @@ def main() -> None:
         folder = Path(scratch)
         model_folder(args.shape, folder / "model")
         prompts = ["".join(draw.choice(LETTERS) for _ in range(args.prompt)) for _ in range(args.prompts * args.steps)]
-        (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": "a"}) + "\n" for p in prompts))
+        rows = [
+            {"data_source": "letters", "prompt": [{"role": "user", "content": prompt}], "ability": "none",
+             "reward_model": {"style": "rule", "ground_truth": "a"}, "extra_info": {"index": index}}
+            for index, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        Dataset.from_list(rows).to_parquet(folder / "train.parquet")
         (folder / "rule.py").write_text("import random\ndef compute_score(*a, **k):\n    return random.random()\n")
         for name in args.runs:
             table.append(measured(args, folder, name))

@@ -4,20 +4,20 @@ With vLLM the parts are the engine's own. With the embedded engine, which comput
 does, each rank keeps its part of every matrix.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorl.config import ModelConfig, RunConfig
 from lorl.parallel.group import SPARE_S, Ranks
 from lorl.parallel.lockstep import Lockstep
 from lorl.parallel.sharding import STRATEGIES, shard_size
-from lorl.policy.load import load_base, load_policy, pick_device, pick_dtype
+from lorl.parallel.weights import open_source
+from lorl.policy.load import load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
 from lorl.policy.shards import Shard, ShardedBase, Sharers
 from lorl.policy.sharing import empty_model
@@ -77,15 +77,16 @@ def sharers_of(size: int, limit_s: float) -> Sharers:
 def load_cut(config: ModelConfig, sharers: Sharers) -> tuple[PreTrainedModel, ShardedBase]:
     """The base of `config`, of which each rank keeps its part of every matrix; vectors stay whole.
 
-    Rank 0 reads it into the host's memory and deals it out tensor by tensor: no other rank, and no GPU, ever holds more
-    of it than its parts and one tensor.
+    No rank's device ever holds more of it than its parts and one tensor.
     """
     device = pick_device(config)
     dtype = pick_dtype(config, device)
     model = empty_model(config, dtype)
     columns = _row_parallel(model)
+    source = open_source(config, model, device, dtype)
     shards: dict[str, Shard] = {}
-    for name, whole in _dealt(config, model, dtype, device):
+    for name, _ in model.named_parameters():
+        whole = source.whole(name)
         dim = None if whole.dim() != 2 else 1 if name in columns and whole.shape[1] % sharers.size == 0 else 0
         shape = list(whole.shape)
         if dim is not None:
@@ -102,18 +103,3 @@ def _row_parallel(model: PreTrainedModel) -> set[str]:
     leaves = {pattern.rpartition(".")[2] for pattern, how in plan.items() if how.startswith("rowwise")}
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return {f"{name}.weight" for name in linear if name.rpartition(".")[2] in leaves}
-
-
-def _dealt(
-    config: ModelConfig, model: PreTrainedModel, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `model`, which is empty, in turn and whole, from rank 0's copy on the host."""
-    first = dist.get_rank() == 0
-    on_host = config.model_copy(update={"device": "cpu", "dtype": str(dtype).removeprefix("torch.")})
-    read = dict(load_base(on_host).named_parameters()) if first else {}
-    for name, parameter in model.named_parameters():
-        whole = (
-            read.pop(name).detach().to(device) if first else torch.empty(parameter.shape, dtype=dtype, device=device)
-        )
-        dist.broadcast(whole, 0)
-        yield name, whole

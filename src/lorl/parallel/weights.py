@@ -1,7 +1,8 @@
 """Where the weights of a sharded base come from.
 
 Each rank maps the checkpoint's safetensors into memory and reads its own share of them, a tensor at a time. What
-transformers renames or rebuilds as it loads can't be read so: then rank 0 loads the model and deals it out.
+transformers renames or rebuilds as it loads can't be read so: then rank 0 loads the model and deals it out. Random
+weights are drawn by every rank.
 """
 
 import json
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from lorl.config import ModelConfig
-from lorl.policy.checksums import fingerprint
-from lorl.policy.load import load_base, weights_path
+from lorl.policy.checksums import ends, fingerprint, fingerprint_of
+from lorl.policy.load import draw_random, load_base, weights_path
 
 _MIB = 2**20
 
@@ -31,10 +32,11 @@ class Source(Protocol):
     the same order.
 
     Attributes:
-        fingerprint: of the whole base.
+        fingerprint: of the whole base, once each of its tensors was asked for.
     """
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def whole(self, name: str) -> Tensor:
         """A tensor of one's own."""
@@ -51,9 +53,9 @@ class Source(Protocol):
 
 def open_source(config: ModelConfig, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Source:
     """The weights of `config` for `model`, whose parameters are on the meta device."""
+    if config.random_weights:
+        return Drawn(model, device, dtype)
     try:
-        if config.random_weights:
-            raise CannotMapError("model.random_weights asks for none of them")
         return Mapped(checkpoint_files(config), model, device, dtype)
     except CannotMapError as error:
         return Dealt(config, model, device, dtype, str(error))
@@ -128,6 +130,32 @@ class Dealt:
 
     def told(self) -> str:
         return f"rank 0 read the whole base into host memory and dealt it out: {self._why}"
+
+
+class Drawn:
+    """Every rank draws each tensor on its own device, the same values on all, and keeps what it asks for."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._config: Any = model.config
+        self._device, self._dtype = device, dtype
+        self._read: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self._read)
+
+    def whole(self, name: str) -> Tensor:
+        value = torch.empty(self._shapes[name], dtype=self._dtype, device=self._device)
+        draw_random(name, value, self._config)
+        self._read[name] = (tuple(value.shape), ends(value))
+        return value
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.whole(name)[start:stop].clone()
+
+    def told(self) -> str:
+        return "the base's weights are random: each rank drew them on its own device"
 
 
 def checkpoint_files(config: ModelConfig) -> list[Path]:

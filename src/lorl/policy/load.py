@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -16,6 +16,7 @@ from lorl.errors import UserError
 from lorl.policy import adapters, attention, layers, lora, shared_memory
 from lorl.policy.fetch import resolve
 from lorl.policy.policy import Policy
+from lorl.seeding import stable_seed
 
 transformers_logging.disable_progress_bar()  # its bars tear the console's own, and fill log files with control codes
 
@@ -85,21 +86,25 @@ def _random_base(config: ModelConfig, path: str, device: torch.device, dtype: to
     return model
 
 
-@torch.no_grad()
 def fill_random(
     model: PreTrainedModel, around: Callable[[nn.Parameter], AbstractContextManager[None]] | None = None
 ) -> None:
-    """Weights as before any training, in place: normal matrices, norms of one, biases of zero. `around` is entered for
-    each parameter while it is written."""
-    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if "lora_" not in name]
-    generator = torch.Generator(parameters[0][1].device).manual_seed(0)
-    for name, parameter in parameters:
-        with around(parameter) if around else nullcontext():
-            if parameter.dim() > 1:
-                parameter.normal_(0, std, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    """`draw_random` for every weight of `model`. `around` is entered for each parameter while it is written."""
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            with around(parameter) if around else nullcontext():
+                draw_random(name, parameter, model.config)
+
+
+@torch.no_grad()
+def draw_random(name: str, weight: Tensor, config: Any) -> None:
+    """Values as before any training, in place: normal matrices, norms of one, biases of zero. What a weight gets
+    depends on its name, its shape and its kind of device."""
+    if weight.dim() > 1:
+        std = getattr(config.get_text_config(), "initializer_range", 0.02)
+        weight.normal_(0, std, generator=torch.Generator(weight.device).manual_seed(stable_seed("weight", name)))
+    else:
+        weight.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def load_policy(
