@@ -198,6 +198,16 @@ def test_ranks_that_split_a_pass_hold_a_share_of_a_long_sample() -> None:
     assert shared.training < held.training / 3
 
 
+def test_ranks_that_split_a_pass_wait_for_what_they_send_each_other() -> None:
+    demand = run_of("model.path=qwen2.5-7b", "parallel.sequence=4")
+    slow = replace(EIGHT, gpu=replace(EIGHT.gpu, nvlink=2e9))
+    fast, waiting = (make_plan(demand, Layout("ddp"), cluster).phases for cluster in (EIGHT, slow))
+    bound, seconds = ({phase.phase: getattr(phase, name) for phase in waiting} for name in ("bound", "seconds"))
+    assert bound["update"] == "links"
+    assert seconds["update"] > 2 * next(phase.seconds for phase in fast if phase.phase == "update")
+    assert seconds["rollout"] == next(phase.seconds for phase in fast if phase.phase == "rollout")
+
+
 def test_the_objective_decides_which_passes_there_are() -> None:
     on_policy = run_of("model.path=qwen2.5-7b")
     assert on_policy.scorings == 0

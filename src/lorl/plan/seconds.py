@@ -6,7 +6,7 @@ What is not in them: rewards (they run while the rollout does), evaluation, chec
 import math
 from dataclasses import dataclass
 
-from lorl.plan import footprint, measured
+from lorl.plan import footprint, measured, traffic
 from lorl.plan.demand import Demand
 from lorl.plan.hardware import Cluster
 from lorl.plan.layout import Layout
@@ -30,7 +30,8 @@ class _Cost:
     serial: dict[str, float]
 
     def phase(self, name: str, times: float = 1.0) -> PhaseSeconds:
-        causes = self.overlapping | self.serial
+        both = (self.overlapping, self.serial)
+        causes = {cause: sum(part.get(cause, 0.0) for part in both) for cause in self.overlapping | self.serial}
         seconds = max(self.overlapping.values(), default=0.0) + sum(self.serial.values())
         return PhaseSeconds(name, times * seconds, max(causes, key=lambda cause: causes[cause]) if seconds else "-")
 
@@ -70,32 +71,49 @@ def _passes(demand: Demand, cluster: Cluster) -> int:
 
 
 def _pass(demand: Demand, layout: Layout, cluster: Cluster, *, gradient: bool, recompute: bool) -> _Cost:
-    """One micro-batch: products, launches from Python and gathers of the base overlap."""
+    """One micro-batch: products, launches from Python and gathers of the base overlap; ranks that split it wait for
+    what they exchange."""
     tokens = demand.packed_tokens / cluster.world / _passes(demand, cluster)
     share = measured.TRAINING_SHARE if gradient else measured.SCORING_SHARE
     operations = tokens * training_operations(demand, gradient=gradient, recompute=recompute)
     python = measured.PASS_SECONDS_A_LAYER * demand.shape.layers * (1 if gradient else 1 / 3)
     causes = {"products": operations / (share * cluster.gpu.flops), "Python": python}
-    return _Cost(causes | _gathers(demand, layout, cluster, times=1 + gradient), {})
+    gathers = _gathers(demand, layout, cluster, gradient=gradient)
+    exchanges = _exchanges(demand, cluster, tokens, gradient=gradient, recompute=recompute)
+    return _Cost(causes | gathers, exchanges)
 
 
-def _gathers(demand: Demand, layout: Layout, cluster: Cluster, *, times: int) -> dict[str, float]:
-    """Bringing the layers of a sharded base together `times` times, and offloaded ones over PCIe."""
-    whole = demand.shape.parameters * demand.itemsize
-    shard = layout.shard
+def _gathers(demand: Demand, layout: Layout, cluster: Cluster, *, gradient: bool) -> dict[str, float]:
+    """Bringing a sharded base together in a pass, and an offloaded one over PCIe."""
+    shape, shard = demand.shape, layout.shard
     found = {}
-    if shard > 1 and layout.strategy != "ddp":
-        rate = measured.LINK_SHARE * cluster.link(shard)
-        found["links"] = times * whole * (shard - 1) / shard / rate
+    if size := traffic.gathered_bytes(shape, demand.itemsize, layout, gradient=gradient):
+        found["links"] = size / _rate(cluster, shard)
     if layout.offload:
-        found["PCIe"] = times * whole / shard / (measured.LINK_SHARE * cluster.gpu.pcie)
+        layers = shape.layers * shape.layer_parameters * demand.itemsize
+        found["PCIe"] = (1 + gradient) * layers / shard / (measured.LINK_SHARE * cluster.gpu.pcie)
     return found
+
+
+def _exchanges(demand: Demand, cluster: Cluster, tokens: float, *, gradient: bool, recompute: bool) -> dict[str, float]:
+    """What ranks that split a pass send each other; each of them holds `tokens` tokens of it."""
+    ranks = demand.sequence
+    if ranks == 1:
+        return {}
+    how = {"gradient": gradient, "recompute": recompute}
+    size = traffic.exchanged_bytes(demand.shape, demand.itemsize, ranks * tokens, ranks, **how)
+    return {"links": size / _rate(cluster, ranks)}
 
 
 def _reduce_seconds(demand: Demand, cluster: Cluster) -> float:
     """An all-reduce of the adapter's gradients over all ranks: the only gradients that there are."""
-    size, world = demand.learning * demand.lora.parameters * footprint.GRADIENT_BYTES, cluster.world
-    return 2 * size * (world - 1) / world / (measured.LINK_SHARE * cluster.link(world))
+    size = demand.learning * demand.lora.parameters * footprint.GRADIENT_BYTES
+    return traffic.reduced_bytes(size, cluster.world) / _rate(cluster, cluster.world)
+
+
+def _rate(cluster: Cluster, ranks: int) -> float:
+    """Bytes a second that each of `ranks` neighbours receives."""
+    return measured.LINK_SHARE * cluster.link(ranks)
 
 
 def _rollout(demand: Demand, layout: Layout, cluster: Cluster, held: Memory) -> _Cost:
@@ -119,7 +137,7 @@ def _rollout(demand: Demand, layout: Layout, cluster: Cluster, held: Memory) -> 
     serial = {"memory": max(reading, decoding), "host": steps * measured.DECODE_SECONDS, "prefill": products}
     if ways > 1:
         size = 2 * answers * demand.response_tokens * shape.hidden * demand.itemsize * (ways - 1) / ways
-        moved = size / (measured.LINK_SHARE * cluster.link(ways))
+        moved = size / _rate(cluster, ways)
         serial["links"] = 2 * shape.layers * (steps * measured.COLLECTIVE_SECONDS + moved)
     return _Cost({}, serial)
 
