@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lorl.plan.choose import Plan, choose, make_plan, smallest_change
 from lorl.plan.demand import Demand, demand_of
-from lorl.plan.hardware import GPUS, Cluster
+from lorl.plan.hardware import GIB, GPUS, Cluster
 from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts
 from lorl.plan.memory import ACTIVATIONS
 from lorl.settings import load
@@ -51,7 +51,7 @@ def test_plain_fsdp2_has_eighths_of_the_layers_beside_the_engines_eighth_of_all(
     assert held.row("base").sampling == pytest.approx(ends + (whole - ends) / 8, rel=1e-9)
     offloaded = make_plan(demand, Layout("fsdp2", 8, 8, offload=True), EIGHT).memory
     assert offloaded.row("base").training == ends
-    assert dict(offloaded.host)["offloaded base"] == whole - ends
+    assert whole - ends < dict(offloaded.host)["offloaded base"] < 1.1 * (whole - ends)  # pinned: powers of two
 
 
 def test_the_embedded_engine_reads_the_trainers_parts() -> None:
@@ -158,7 +158,8 @@ def test_changes_are_combined_where_none_is_enough() -> None:
 
 
 def test_what_nothing_helps_is_said() -> None:
-    assert smallest_change(run_of("model.path=qwen2.5-72b"), ONE, None, None) is None
+    small = Cluster(replace(GPUS["h100"], memory=8 * GIB), 1)
+    assert smallest_change(run_of("model.path=qwen2.5-72b"), small, None, None) is None
 
 
 def without_cache(plan: Plan) -> int:

@@ -38,13 +38,13 @@ def run(
     demand, notes = demand_of(config)
     offload = None if wanted is None else False
     spread = config.parallel.model_copy(update={"gpus": cluster.gpus, "nodes": cluster.nodes})
-    startable = engine_on(config.model_copy(update={"parallel": spread})) if wanted is None else None
+    startable = engine_on(config.model_copy(update={"parallel": spread})) if wanted is None else _planned(config)
     plan = choose(demand, cluster, wanted, offload, startable)
     if plan is None:
-        raise UserError(
-            f"--strategy {wanted} spreads the base over the GPUs of a node, and there is one; use ddp, or more --gpus"
-        )
+        raise UserError(_nowhere(config, wanted))
     change = None if plan.fits else smallest_change(demand, cluster, wanted, offload, startable)
+    if plan.layout.streamed and demand.engine != "torch":
+        notes.append("the embedded engine samples: with parallel.param_offload=true vLLM has no base to read")
     notes.append(_utilisation(cluster))
     if as_json:
         sys.stdout.write(json.dumps(as_dict(plan, change, notes)) + "\n")
@@ -53,6 +53,26 @@ def run(
 
         Console().print(as_text(plan, change, notes))
     return 0 if plan.fits else UserError.exit_code
+
+
+def _planned(config: "RunConfig") -> EngineOn:
+    """The engine of any layout, whether it can be started or not; but vLLM, asked for, samples no streamed layers."""
+    asked = config.rollout.engine
+    return lambda layout: "torch" if asked == "torch" else None if layout.streamed and asked == "vllm" else "vllm"
+
+
+def _nowhere(config: "RunConfig", wanted: Strategy | None) -> str:
+    """Why there is no layout for this run."""
+    if not config.parallel.param_offload or wanted in ("fsdp", "fsdp2"):
+        return (
+            f"--strategy {wanted} spreads the base over the GPUs of a node, and there is one; use ddp, or more --gpus"
+        )
+    offload = "parallel.param_offload=true, which keeps the base in host memory,"
+    if wanted == "shared":
+        return f"--strategy shared keeps the base where the engine reads it, against {offload}; use --strategy fsdp2"
+    if config.rollout.engine == "vllm":
+        return f"rollout.engine=vllm reads the base on the device, against {offload}; use rollout.engine=torch"
+    return f"adapter.dora=true reads whole weights, against {offload}; use one"
 
 
 def _strategy(name: str) -> Strategy | None:

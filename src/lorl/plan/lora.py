@@ -24,6 +24,11 @@ class Lora:
     def parameters(self) -> int:
         return sum(self.rank * (one.inputs + one.outputs) for layer in self.layers for one in layer)
 
+    @property
+    def tensors(self) -> list[int]:
+        """Parameters of each tensor: A and B of each adapted projection."""
+        return [self.rank * size for layer in self.layers for one in layer for size in (one.inputs, one.outputs)]
+
     def slot_parameters(self, ways: int) -> int:
         """What each of `ways` tensor-parallel ranks holds of it in vLLM: all of A and its own rows of B where a
         projection's outputs are split, its own columns of A and all of B where the inputs are."""
