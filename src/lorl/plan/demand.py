@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from lorl.plan.footprint import Pass
-from lorl.plan.lora import Lora, lora_in, lora_on
+from lorl.plan.lora import Lora, lora_of
 from lorl.plan.shape import KNOWN_TYPES, Shape, find_folder, find_shape
 
 if TYPE_CHECKING:
@@ -104,17 +104,13 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
     if config.adapter.dora:
         notes.append("DoRA's magnitudes and what they keep are not counted")
     adapter, algorithm, objective = config.adapter, config.algorithm, Objective.of(config)
-    if adapter.path:
-        lora = lora_in(shape, adapter.path)
-    else:
-        lora = lora_on(shape, adapter.rank, adapter.target_modules, adapter.exclude_modules)
     has_reference = algorithm.kl_coef > 0
     anchored = has_reference and adapter.path is not None and algorithm.reference == "start"
     prompts, samples = config.data.prompts_per_step, config.rollout.n
     mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
     demand = Demand(
         shape=shape,
-        lora=lora,
+        lora=lora_of(shape, adapter),
         itemsize=4 if config.model.dtype == "float32" else 2,
         learning=1 + objective.needs_critic,
         frozen=anchored + (config.reward_model.path is not None),

@@ -9,7 +9,6 @@ from lorl.plan.host import host_rows
 from lorl.plan.layout import GATHERED_LAYERS, Layout
 
 CUDA_GRAPHS = 1 * GIB  # vLLM's graphs and their pool; see ENGINE in lorl.plan.measured
-SPARE = 0.8  # share of the free memory that kept activations may take before layers are recomputed (policy.layers)
 
 ACTIVATIONS = "activations of a micro-batch"
 GATHERED = "gathered layers of the base"
@@ -74,7 +73,7 @@ def memory(demand: Demand, layout: Layout, cluster: Cluster) -> Memory:
         return _memory(demand, layout, cluster, recompute=demand.recompute)
     plain = _memory(replace(demand, activation_offload=False), layout, cluster, recompute=False)
     held = plain.row(ACTIVATIONS).training
-    crowded = held > SPARE * (plain.capacity - plain.training + held) or not plain.has_cache
+    crowded = held > footprint.SPARE * (plain.capacity - plain.training + held) or not plain.has_cache
     return _memory(demand, layout, cluster, recompute=crowded)
 
 
