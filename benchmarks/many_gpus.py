@@ -1,11 +1,13 @@
 """GRPO steps on several GPUs of one machine, by strategy, beside `lorl plan`.
 
-    python benchmarks/many_gpus.py --gpus 2 --shape 7b [--runs one ddp shared] [--keys key=value ...]
+    python benchmarks/many_gpus.py --gpus 2 --shape 7b [--runs one ddp shared fsdp2] [--keys key=value ...]
 
-Random weights of true size are drawn on the devices: nothing of that size travels. Each run is a process of its own:
-`one` (a single GPU), `ddp` (a whole base and engine on each), `shared` (one tensor-parallel vLLM over the trainer's own
-shards), `fsdp2` (the embedded engine: shards that vLLM cannot read). That all ranks hold the same adapter is checked at
-every publish, or the run ends. Short table last.
+Random weights of true size are drawn on the devices (fsdp2: by rank 0 on the host): nothing of that size is read. Each
+run is a process of its own: `one` (a single GPU), `ddp` (a whole base and engine on each), `shared` (one
+tensor-parallel vLLM over the trainer's own parts), `fsdp2` (the trainer's parts by FSDP2, and beside them a
+tensor-parallel vLLM with a copy of the base, as verl has it). That all ranks hold the same adapter is checked at every
+publish, or the run ends. Short table last; its memory, in GiB of the fullest GPU: what torch held at most, what
+nvidia-smi saw at most (start and capture included), and the peak that `lorl plan` says.
 """
 
 import argparse
@@ -15,9 +17,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from engine_gpu import LETTERS, SHAPES, device_name, model_folder
+from lorl import settings
+from lorl.parallel.sharding import shard_size
+from lorl.plan.choose import make_plan
+from lorl.plan.demand import demand_of
+from lorl.plan.hardware import GIB, Cluster, described_gpu
+from lorl.plan.layout import STRATEGIES, Layout
 
 COLUMNS = {
     "step s": "time/step_s", "rollout": "time/rollout_s", "update": "time/update_s", "publish": "time/publish_s",
@@ -27,7 +36,7 @@ RUNS = {
     "one": ["parallel.gpus=1"],
     "ddp": ["parallel.strategy=ddp"],
     "shared": ["parallel.strategy=shared", "rollout.adapter_mode=adapter"],
-    "fsdp2": ["parallel.strategy=fsdp2", "rollout.engine=torch"],
+    "fsdp2": ["parallel.strategy=fsdp2", "rollout.adapter_mode=adapter"],
 }
 
 
@@ -46,10 +55,11 @@ def overrides(args: argparse.Namespace, folder: Path, name: str) -> list[str]:
 def measured(args: argparse.Namespace, folder: Path, name: str) -> str:
     """A run's line in the table: medians of its steps but the first."""
     command = [sys.executable, "-c", "from lorl.cli import main; main()", "train", *overrides(args, folder, name)]
-    try:
-        code = str(subprocess.run(command, timeout=args.limit).returncode)
-    except subprocess.TimeoutExpired:
-        code = f"the limit of {args.limit:g} s"
+    with InUse() as in_use:
+        try:
+            code = str(subprocess.run(command, timeout=args.limit).returncode)
+        except subprocess.TimeoutExpired:
+            code = f"the limit of {args.limit:g} s"
     metrics = folder / name / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     rows = [row for row in rows if row["step"] > 1]
@@ -57,15 +67,54 @@ def measured(args: argparse.Namespace, folder: Path, name: str) -> str:
         statistics.median(row.get(key, float("nan")) for row in rows) if rows else float("nan")
         for key in COLUMNS.values()
     ]
-    cells = [f"{value:13.4g}" for value in medians]
+    planned = planned_gib(folder / name / "config.yaml") if metrics.parent.exists() else float("nan")
+    cells = [f"{value:13.4g}" for value in [*medians, in_use.gib, planned]]
     return f"{name:8}{''.join(cells)}" + ("" if code == "0" else f"  ended with {code}")
+
+
+def planned_gib(config_yaml: Path) -> float:
+    """What `lorl plan` says that a GPU holds at most, in the layout that the run had."""
+    config = settings.load(config_yaml)
+    parallel, engine = config.parallel, 1 if config.rollout.engine == "torch" else shard_size(config)
+    strategy = next((one for one in STRATEGIES[1:] if one == parallel.strategy), None)
+    layout = Layout(strategy, shard_size(config), engine, parallel.param_offload) if strategy else Layout("ddp")
+    name, total = nvidia_smi("name", "memory.total")[0]
+    gpu = described_gpu(name, int(total) * 2**20)
+    return make_plan(demand_of(config)[0], layout, Cluster(gpu, parallel.gpus, parallel.nodes)).memory.peak / GIB
+
+
+def nvidia_smi(*what: str) -> list[list[str]]:
+    """A row for each GPU; memory is in MiB."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(what)}", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [[cell.strip() for cell in line.split(",")] for line in lines]
+
+
+class InUse:
+    """Looks twice a second at what is in use on the fullest GPU, while it is open."""
+
+    gib = 0.0  # the most
+
+    def __enter__(self) -> "InUse":
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.5):
+            self.gib = max(self.gib, *(int(used) / 1024 for (used,) in nvidia_smi("memory.used")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--shape", choices=list(SHAPES), default="7b")
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=["one", "ddp", "shared"])
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=256)
@@ -88,7 +137,8 @@ def main() -> None:
             print(table[-1], flush=True)
     print(f"\n{args.gpus} x {device_name()}, {args.shape}, {args.prompts} x {args.samples}, "
           f"{args.prompt} + {args.response} tokens")  # fmt: skip
-    print("\n".join([f"{'run':8}" + "".join(f"{title:>13}" for title in COLUMNS), *table]))
+    titles = [*COLUMNS, "in use GiB", "planned GiB"]
+    print("\n".join([f"{'run':8}" + "".join(f"{title:>13}" for title in titles), *table]))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def overrides(folder: Path, ranks: int, steps: int) -> list[str]:
         f"trainer.total_training_steps={steps}",
         "data.max_response_length=16",
         "trainer.device=cpu",
+        "+lorl.rollout.engine=auto",  # on a CPU the embedded engine, whether vLLM is installed or not
         *([] if ranks == 8 else [f"trainer.n_gpus_per_node={ranks}", f"{TENSOR_PARALLEL}={ranks}"]),
     ]
 

@@ -263,11 +263,13 @@ def test_vllm_is_the_engine_where_lorl_knows_the_one_installed_and_the_log_says_
         assert "only rollout.engine=vllm" in idle[0]
 
 
-def test_vllm_is_not_asked_for_on_more_gpus_than_its_one(monkeypatch: pytest.MonkeyPatch):
+def test_vllm_is_the_engine_of_several_gpus_unless_they_split_passes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(versions, "installed", lambda: Version("0.24.0"))
-    translation = translate([*SMALL[:-1], "trainer.n_gpus_per_node=4", f"{ROLLOUT}.name=vllm"])
+    words = [*SMALL[:-1], "trainer.n_gpus_per_node=4", f"{ROLLOUT}.name=vllm"]
+    assert translate(words).config.rollout.engine == "vllm"
+    translation = translate([*words, f"{ACTOR}.ulysses_sequence_parallel_size=2"])
     assert translation.config.rollout.engine == "auto"
-    assert any("rollout.engine=auto, since" in line and "these are 4" in line for line in translation.notes)
+    assert any("rollout.engine=auto, since 2 ranks split each pass" in line for line in translation.notes)
 
 
 def test_the_embedded_engine_is_told_which_keys_were_vllms():

@@ -275,13 +275,14 @@ class ParallelConfig(Section):
     strategy: Literal["auto", "local", "ddp", "fsdp", "fsdp2", "shared"] = Field(
         default="auto",
         description="local: this process, one device; ddp: the whole base on each GPU; fsdp2 and fsdp: a share of "
-        "each layer, by torch's fully_shard or FullyShardedDataParallel; shared: the parts that one tensor-parallel "
-        "vLLM holds; auto: what the plan finds for the memory",
+        "each layer, by torch's fully_shard or FullyShardedDataParallel, beside a tensor-parallel vLLM's own copy; "
+        "shared: the parts that one tensor-parallel vLLM holds; auto: what the plan finds for the memory",
     )
     gpus: PositiveInt = Field(default=1, description="Of each node; without CUDA it counts processes")
     nodes: PositiveInt = 1
     shard_size: PositiveInt | None = Field(
-        default=None, description="fsdp2, fsdp, shared: ranks that hold one copy of the base among them; null: all"
+        default=None,
+        description="fsdp2, fsdp, shared: ranks that hold one copy of the base among them, and run one vLLM; null: all",
     )
     param_offload: bool = Field(
         default=False,

@@ -140,6 +140,12 @@ def test_an_engine_of_one_rank_is_not_laid_over_many() -> None:
     assert engine(Layout("fsdp2", 4, 4)) is None
 
 
+def test_a_vllm_beside_the_trainers_parts_is_of_all_ranks_that_hold_them() -> None:
+    engine = auto.engine_on(load(None, ["rollout.engine=vllm", "parallel.gpus=4"]))
+    assert engine(Layout("fsdp2", 4, 4)) == engine(Layout("fsdp", 4, 4, offload=True)) == "vllm"
+    assert engine(Layout("fsdp2", 4, 2)) is engine(Layout("fsdp2", 4, 1)) is None
+
+
 def test_a_run_tells_what_was_chosen(forks: Forks, tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     argv = small_run(tmp_path, tiny_model, "trainer.total_steps=1", "parallel.gpus=2")

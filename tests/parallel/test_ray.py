@@ -111,7 +111,8 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name_and_the_call(
     ("keys", "words"),
     [
         (["parallel.strategy=local"], "parallel.strategy=local"),
-        (["parallel.strategy=fsdp2", "rollout.engine=vllm"], "use strategy=shared"),
+        (["parallel.strategy=fsdp2", "rollout.adapter_mode=fold"], "rollout.adapter_mode=fold"),
+        (["parallel.strategy=ddp", "rollout.engine=vllm", "parallel.param_offload=true"], "strategy=fsdp2"),
         (["parallel.sequence=2", "rollout.engine=vllm"], "parallel.sequence"),
         (["parallel.strategy=shared", "adapter.dora=true"], "adapter.dora"),
         (["parallel.strategy=shared", "rollout.adapter_mode=fold"], "rollout.adapter_mode=fold"),

@@ -16,12 +16,13 @@ from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig, RunConfig
 from lorl.experience import Forest
 from lorl.parallel.group import Ranks
-from lorl.parallel.shared import load_cut, sharers_of
+from lorl.parallel.shared import load_cut, ranks_per_engine, samples_with_vllm, sharers_of
 from lorl.policy.checksums import fingerprint
 from lorl.policy.load import TRAINED, load_base, load_policy
 from lorl.policy.policy import Policy
 from lorl.policy.shards import ShardedBase
 from lorl.rewards.pool import RewardPool
+from lorl.settings import load
 from small_trainer import make_trainer, small_config
 
 pytest_plugins = ["trainer_fixtures"]
@@ -149,3 +150,28 @@ def test_a_run_in_parts_is_the_run_of_one_process(
         small_config(tiny_model, tmp_path, *same, *SHARED, f"parallel.gpus={ranks}", *keys, name="many"), pool
     )
     assert_equal_runs(one, many, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks"),
+    [
+        (["parallel.gpus=4", "parallel.strategy=ddp"], 1),
+        (["parallel.gpus=4", "parallel.strategy=shared"], 4),
+        (["parallel.gpus=4", "parallel.strategy=fsdp2", "parallel.param_offload=true"], 4),
+        (["parallel.gpus=4", "parallel.strategy=fsdp", "parallel.shard_size=2"], 2),
+        (["parallel.strategy=fsdp2"], 1),
+    ],
+)
+def test_the_ranks_that_hold_a_copy_of_the_base_run_one_vllm(keys: list[str], ranks: int) -> None:
+    config = load(None, ["rollout.engine=vllm", *keys])
+    assert samples_with_vllm(config)
+    assert ranks_per_engine(config) == ranks
+    assert ranks_per_engine(load(None, ["rollout.engine=torch", *keys])) == 1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [["parallel.strategy=fsdp2", "parallel.param_offload=true"], ["parallel.gpus=2", "parallel.sequence=2"]],
+)
+def test_layouts_that_vllm_cannot_sample_in_leave_it_out(keys: list[str]) -> None:
+    assert not samples_with_vllm(load(None, ["rollout.engine=vllm", *keys]))

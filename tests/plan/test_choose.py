@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorl.plan.choose import Plan, choose, make_plan, smallest_change
-from lorl.plan.demand import Demand, demand_of
+from lorl.plan.demand import Demand, Engine, demand_of
 from lorl.plan.hardware import GIB, GPUS, Cluster
 from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts
 from lorl.plan.memory import ACTIVATIONS
@@ -65,6 +65,20 @@ def test_only_layouts_with_an_engine_are_chosen() -> None:
     assert plan is not None
     assert (plan.layout, plan.demand.engine) == (Layout("fsdp", 8, 1), "torch")
     assert choose(demand, EIGHT, engine_on=lambda _: None) is None
+
+
+def test_the_embedded_engine_samples_on_gpus_only_where_nothing_fits_with_vllm() -> None:
+    demand, two = run_of("model.path=qwen2.5-7b", "data.prompts_per_step=128"), Cluster(GPUS["h100"], 2)
+
+    def engine_on(layout: Layout) -> Engine | None:
+        return "vllm" if layout.samples_with("vllm") else "torch" if layout.strategy != "shared" else None
+
+    plan = choose(demand, two, engine_on=engine_on)
+    assert plan is not None
+    assert plan.demand.engine == "vllm"
+    only = choose(demand, two, engine_on=lambda layout: "torch" if layout.samples_with("torch") else None)
+    assert only is not None
+    assert only.demand.engine == "torch"
 
 
 def test_the_fastest_that_fits_is_chosen() -> None:

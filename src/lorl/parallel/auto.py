@@ -84,8 +84,8 @@ def engine_on(config: RunConfig, engines: Sequence[Engine] = PLANNED) -> Callabl
 
 
 def _starts(config: RunConfig, layout: Layout, engine: Engine) -> bool:
-    if engine == "torch" and layout.engine > 1:
-        return False  # the embedded engine is one rank's
+    if not layout.samples_with(engine):
+        return False
     try:
         check_combination(_with(config, layout, engine))
     except (UserError, ValidationError):

@@ -6,7 +6,8 @@ it again. So the model's tree is the one that peft and transformers know, and ad
 afterwards, are none of FSDP's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ def shard(base: PreTrainedModel, source: Source, mesh: DeviceMesh, device: torch
     _fill(base, "", source)
 
 
+@contextmanager
+def gathered(layer: nn.Module) -> Iterator[None]:
+    """Inside, the parameters of `layer`, which `shard` has cut, are whole, on the device, and not to be kept. All ranks
+    enter at the same time, once a pass was made."""
+    sharded: Any = layer
+    with FullyShardedDataParallel.summon_full_params(sharded.wrapper, recurse=False, writeback=False):
+        yield
+
+
 class _Called(nn.Module):
     """What FSDP wraps: the modules whose weights it looks after, and what to call while it has gathered them."""
 
@@ -63,7 +73,8 @@ def _wrap(module: nn.Module, held: nn.Module, how: dict[str, Any]) -> nn.Module:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return wrapper(*args, **kwargs)
 
-    module.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+    # The wrapper is the class's, not the module's: it would be a part of the tree.
+    module.__class__ = type(plain.__name__, (plain,), {"__call__": call, "wrapper": wrapper})
     return wrapper
 
 

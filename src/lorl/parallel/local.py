@@ -7,12 +7,12 @@ from transformers import PreTrainedTokenizerBase
 from lorl.config import RunConfig
 from lorl.parallel import sharding
 from lorl.parallel.group import Ranks
-from lorl.parallel.shared import policy_and_engine
+from lorl.parallel.shared import policy_and_engine, samples_with_vllm, sharers_of
 from lorl.parallel.ulysses import Ulysses
 from lorl.policy.load import load_policy
 from lorl.policy.streaming import streamed_policy
 from lorl.rollout.torch_engine import TorchEngine
-from lorl.rollout.vllm import shared
+from lorl.rollout.vllm import copied, shared
 from lorl.worker import Worker
 
 
@@ -34,10 +34,14 @@ def _worker(
     if group is not None and parallel.strategy == "shared":
         return Worker(config, *policy_and_engine(config, tokenizer, tell, group), group)
     in_parts = group is not None and parallel.strategy in sharding.STRATEGIES
-    if not in_parts and shared.chosen(config):  # with ddp each rank has an engine of its own
-        if not (parallel.param_offload or parallel.sequence > 1):
+    if samples_with_vllm(config):
+        if group is None or not in_parts:  # with ddp each rank has an engine of its own
             return Worker(config, *shared.policy_and_engine(config, tokenizer, tell), group)
-        key = "param_offload" if parallel.param_offload else "sequence"
+        trainer = sharding.ShardedTrainer(config, tokenizer, group, tell)
+        sharers = sharers_of(sharding.shard_size(config), parallel.collective_limit_s)
+        return Worker(config, *copied.policy_and_engine(config, trainer, tell, sharers), group)
+    if shared.chosen(config):
+        key = "sequence" if parallel.sequence > 1 else "param_offload"
         tell(f"rollout.engine=auto: with parallel.{key} the embedded engine samples")
     if group is not None and in_parts:
         policy = sharding.sharded_policy(config, tokenizer, group, tell)

@@ -73,8 +73,6 @@ class RayWorkers:
         holding = "a share of each layer" if in_parts or parallel.strategy == "shared" else "the whole base"
         together = f"; {parallel.sequence} split each pass" if parallel.sequence > 1 else ""
         tell(f"{len(self._ranks)} ranks on {kind}, each with {holding}{together}")
-        if room.cuda and config.rollout.engine == "auto" and in_parts:
-            tell("rollout.engine=auto: ranks with parts of the base sample with the embedded engine")
         ((host, port),) = self._get([self._ranks[0].listen.remote()], "starting")
         for note in self._all("join", host, port, doing="loading")[0]:
             tell(note)

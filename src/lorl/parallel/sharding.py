@@ -4,12 +4,13 @@ Nothing of the base is ever reduced or written back: it has no gradient. Adapter
 on every rank, as do the embeddings, the last norm and the head, which are read out of order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -22,9 +23,50 @@ from lorl.parallel.lockstep import Lockstep
 from lorl.parallel.weights import Source, open_source
 from lorl.policy.load import load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
-from lorl.policy.sharing import empty_model
+from lorl.policy.sharing import empty_model, parameter_bytes
 
 STRATEGIES = ("fsdp", "fsdp2")
+
+
+class ShardedTrainer:
+    """The trainer beside a vLLM that has a copy of the base (`lorl.rollout.vllm.copied`)."""
+
+    def __init__(
+        self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, group: Ranks, tell: Callable[[str], None]
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._group = group
+        self._tell = tell
+
+    def bytes_of(self, model: PreTrainedModel) -> tuple[int, int]:
+        decoder: Any = model.base_model
+        layers = [parameter_bytes(layer) for layer in decoder.layers]
+        away = self._config.parallel.param_offload and pick_device(self._config.model).type == "cuda"
+        parts = 0 if away else -(-sum(layers) // shard_size(self._config))
+        return parameter_bytes(model) - sum(layers) + parts, 2 * max(layers)
+
+    def load(self) -> Policy:
+        return sharded_policy(self._config, self._tokenizer, self._group, self._tell)
+
+    def wholes(self, policy: Policy) -> Iterator[tuple[str, Tensor]]:
+        base: Any = policy.peft.get_base_model()
+        decoder: Any = base.base_model
+        flat = self._config.parallel.strategy == "fsdp"
+        names = {id(module): name for name, module in base.named_modules()}
+        layers = [f"{names[id(layer)]}." for layer in decoder.layers]
+        for prefix, layer in zip(layers, decoder.layers, strict=True):
+            with fsdp1.gathered(layer) if flat else nullcontext():
+                for name, parameter in _frozen(layer):
+                    # A loader may keep what it is given, and fsdp1's memory of a layer is for the next one.
+                    yield prefix + name, parameter.clone() if flat else _whole(parameter, policy.device)
+        yield from ((name, parameter) for name, parameter in _frozen(base) if not name.startswith(tuple(layers)))
+
+
+def shard_size(config: RunConfig) -> int:
+    """Ranks that hold a copy of the base among them."""
+    ranks = config.parallel.gpus * config.parallel.nodes
+    return min(config.parallel.shard_size or ranks, ranks)
 
 
 def sharded_policy(
@@ -102,6 +144,28 @@ def _part(parameter: nn.Parameter, name: str, source: Source) -> torch.Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def _frozen(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base's parameters under its own names: adapters that are attached to it are left out."""
+    for name, parameter in module.named_parameters():
+        if "lora_" not in name:
+            yield name.replace(".base_layer", ""), parameter.detach()
+
+
+def _whole(parameter: Tensor, device: torch.device) -> Tensor:
+    """`parameter`, of which each rank may hold a part, maybe in host memory, whole on `device`."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    here = DTensor.from_local(
+        parameter.to_local().to(device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return here.full_tensor()
 
 
 def _mesh(device: str, shard_size: int | None) -> DeviceMesh:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorl.config import ModelConfig, RunConfig
 from lorl.parallel.group import SPARE_S, Ranks
 from lorl.parallel.lockstep import Lockstep
+from lorl.parallel.sharding import STRATEGIES, shard_size
 from lorl.policy.load import load_base, load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
 from lorl.policy.shards import Shard, ShardedBase, Sharers
@@ -26,16 +27,16 @@ from lorl.rollout.vllm import shared as vllm
 
 
 def ranks_per_engine(config: RunConfig) -> int:
-    """Ranks that sample as one, from the same requests."""
-    if config.parallel.strategy != "shared" or not vllm.chosen(config):
-        return 1
-    return shard_size(config)
+    """Ranks that sample as one, from the same requests: those that hold a copy of the base among them."""
+    in_parts = config.parallel.strategy in (*STRATEGIES, "shared")
+    return shard_size(config) if in_parts and samples_with_vllm(config) else 1
 
 
-def shard_size(config: RunConfig) -> int:
-    """Ranks that hold a copy of the base among them."""
-    ranks = config.parallel.gpus * config.parallel.nodes
-    return min(config.parallel.shard_size or ranks, ranks)
+def samples_with_vllm(config: RunConfig) -> bool:
+    """`vllm.chosen`, in a layout that vLLM samples in; others are refused where it was asked for by name."""
+    parallel = config.parallel
+    has_a_copy = parallel.strategy in STRATEGIES and parallel.gpus * parallel.nodes > 1
+    return vllm.chosen(config) and (has_a_copy or not parallel.param_offload) and parallel.sequence == 1
 
 
 def policy_and_engine(

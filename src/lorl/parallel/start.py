@@ -34,10 +34,11 @@ def check_combination(config: RunConfig) -> None:
     parallel = config.parallel
     ranks = parallel.gpus * parallel.nodes
     check_ranks(config)
-    if parallel.param_offload and config.rollout.engine == "vllm":
+    in_parts = ranks > 1 and parallel.strategy in STRATEGIES
+    if parallel.param_offload and config.rollout.engine == "vllm" and not in_parts:
         raise UserError(
             "rollout.engine=vllm reads the base on the device, parallel.param_offload=true keeps it in host memory; "
-            "use engine=torch"
+            "use engine=torch, or strategy=fsdp2 over several GPUs, where vLLM has a copy of its own"
         )
     if parallel.param_offload and config.adapter.dora:
         raise UserError(
@@ -52,18 +53,17 @@ def check_combination(config: RunConfig) -> None:
         raise UserError(
             f"parallel.shard_size={parallel.shard_size} does not divide the {ranks} ranks of {many}; use a divisor"
         )
-    in_parts = parallel.strategy in STRATEGIES
     if (in_parts or parallel.strategy == "shared") and config.adapter.dora:
         raise UserError(
             f"adapter.dora reads whole weights, and parallel.strategy={parallel.strategy} keeps parts; use strategy=ddp"
         )
+    if (in_parts or parallel.strategy == "shared") and config.rollout.adapter_mode == "fold":
+        raise UserError(
+            f"rollout.adapter_mode=fold writes into whole weights, and parallel.strategy={parallel.strategy} keeps "
+            "parts; use adapter_mode=adapter, or strategy=ddp"
+        )
     if parallel.strategy == "shared":
         _check_shared(config)
-    if config.rollout.engine == "vllm" and in_parts:
-        raise UserError(
-            f"rollout.engine=vllm has no use for the parts that parallel.strategy={parallel.strategy} keeps; use "
-            "strategy=shared, whose parts are vLLM's own, or engine=torch"
-        )
     if config.rollout.engine == "vllm" and parallel.sequence > 1:
         raise UserError(
             "rollout.engine=vllm proves its answers rank by rank, and parallel.sequence splits each pass among ranks; "
@@ -73,11 +73,6 @@ def check_combination(config: RunConfig) -> None:
 
 def _check_shared(config: RunConfig) -> None:
     parallel = config.parallel
-    if config.rollout.adapter_mode == "fold":
-        raise UserError(
-            "rollout.adapter_mode=fold writes into whole weights, and parallel.strategy=shared keeps parts; use "
-            "adapter_mode=adapter, or strategy=ddp"
-        )
     for key, on in (("param_offload=true", parallel.param_offload), ("sequence", parallel.sequence > 1)):
         if on:
             raise UserError(

@@ -64,19 +64,26 @@ def choose(
     about: float = ABOUT,
 ) -> Plan | None:
     """The simplest plan that fits and takes less than `about` times as long as the fastest that does; where none fits,
-    the one that lacks least. Simpler layouts come first in `layouts`.
+    the one that lacks least. Simpler layouts come first in `layouts`. Another engine than the demand's is taken only
+    where nothing fits with that one: the seconds are vLLM's, and the embedded engine's on a GPU are many times as long.
 
     `strategy`, `offload` and `engine_on` narrow the choice, and so does a demand whose base is to lie in host memory;
-    without `engine_on`, every layout samples with the demand's engine. None: there is no such layout on this cluster.
+    without `engine_on`, it is among the layouts for the demand's engine, and streamed ones. None: there is no such
+    layout on this cluster.
     """
     found = layouts(demand.shape, cluster, strategy, True if demand.offload else offload, demand.shard_size)
-    sampled = [(layout, engine_on(layout) if engine_on else demand.engine) for layout in found]
+    sampled = [(layout, engine_on(layout) if engine_on else _engine(demand, layout)) for layout in found]
     plans = [make_plan(replace(demand, engine=engine), layout, cluster) for layout, engine in sampled if engine]
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
+        fitting = [plan for plan in fitting if plan.demand.engine == demand.engine] or fitting
         fastest = min(plan.seconds for plan in fitting)
         return next(plan for plan in fitting if plan.seconds <= fastest * about)
     return min(plans, key=lambda plan: plan.memory.shortage, default=None)
+
+
+def _engine(demand: Demand, layout: Layout) -> Engine | None:
+    return demand.engine if layout.samples_with(demand.engine) else "torch" if layout.streamed else None
 
 
 def smallest_change(

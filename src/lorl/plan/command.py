@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from lorl.errors import UserError, nearest
 from lorl.plan.choose import EngineOn, choose, smallest_change
-from lorl.plan.demand import demand_of
+from lorl.plan.demand import Engine, demand_of
 from lorl.plan.hardware import Cluster, make_cluster
-from lorl.plan.layout import STRATEGIES, Strategy
+from lorl.plan.layout import STRATEGIES, Layout, Strategy
 from lorl.plan.render import as_dict, as_text
 
 if TYPE_CHECKING:
@@ -38,10 +38,12 @@ def run(
     demand, notes = demand_of(config)
     offload = None if wanted is None else False
     spread = config.parallel.model_copy(update={"gpus": cluster.gpus, "nodes": cluster.nodes})
-    startable = engine_on(config.model_copy(update={"parallel": spread})) if wanted is None else _planned(config)
+    startable = _vllm_alone if config.rollout.engine == "vllm" else None
+    if wanted is None:
+        startable = engine_on(config.model_copy(update={"parallel": spread}))
     plan = choose(demand, cluster, wanted, offload, startable)
     if plan is None:
-        raise UserError(_nowhere(config, wanted))
+        raise UserError(_nowhere(config, wanted, demand.engine, cluster))
     change = None if plan.fits else smallest_change(demand, cluster, wanted, offload, startable)
     if plan.layout.streamed and demand.engine != "torch":
         notes.append("the embedded engine samples: with parallel.param_offload=true vLLM has no base to read")
@@ -55,24 +57,29 @@ def run(
     return 0 if plan.fits else UserError.exit_code
 
 
-def _planned(config: "RunConfig") -> EngineOn:
-    """The engine of any layout, whether it can be started or not; but vLLM, asked for, samples no streamed layers."""
-    asked = config.rollout.engine
-    return lambda layout: "torch" if asked == "torch" else None if layout.streamed and asked == "vllm" else "vllm"
+def _vllm_alone(layout: Layout) -> Engine | None:
+    return "vllm" if layout.samples_with("vllm") else None
 
 
-def _nowhere(config: "RunConfig", wanted: Strategy | None) -> str:
+def _nowhere(config: "RunConfig", wanted: Strategy | None, engine: Engine, cluster: Cluster) -> str:
     """Why there is no layout for this run."""
     if not config.parallel.param_offload or wanted in ("fsdp", "fsdp2"):
-        return (
-            f"--strategy {wanted} spreads the base over the GPUs of a node, and there is one; use ddp, or more --gpus"
+        lacks = (
+            "there is one; use ddp, or more --gpus"
+            if cluster.world == 1
+            else f"rollout.engine={engine} cannot deal this model out evenly over so many; choose another "
+            "parallel.shard_size, or ddp"
         )
-    offload = "parallel.param_offload=true, which keeps the base in host memory,"
+        return f"--strategy {wanted} spreads the base over the GPUs of a node, and {lacks}"
+    offload = "parallel.param_offload=true, which keeps the base in host memory"
     if wanted == "shared":
         return f"--strategy shared keeps the base where the engine reads it, against {offload}; use --strategy fsdp2"
-    if config.rollout.engine == "vllm":
-        return f"rollout.engine=vllm reads the base on the device, against {offload}; use rollout.engine=torch"
-    return f"adapter.dora=true reads whole weights, against {offload}; use one"
+    if config.adapter.dora:
+        return f"adapter.dora=true reads whole weights, against {offload}; use one"
+    return (
+        f"rollout.engine=vllm reads the base on the device, against {offload}; use rollout.engine=torch, or --strategy "
+        "fsdp2 over several GPUs, where vLLM has a copy of its own"
+    )
 
 
 def _strategy(name: str) -> Strategy | None:

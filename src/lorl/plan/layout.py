@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lorl.plan.demand import Engine
 from lorl.plan.hardware import Cluster
 from lorl.plan.shape import Shape
 
@@ -16,15 +17,22 @@ class Layout:
     """How the base is spread.
 
     ddp: all of it on each GPU, and the engine reads it there. fsdp, fsdp2: a part on each of `shard` GPUs, gathered
-    layer by layer for training, beside a copy that `engine` GPUs hold for sampling. shared: the engine's
-    tensor-parallel parts on `shard` GPUs are the trainer's as well. `offload`: the layers of the trainer's part lie in
-    host memory.
+    layer by layer for training, beside a copy that a vLLM has in parts on the same GPUs. shared: vLLM's tensor-parallel
+    parts on `shard` GPUs are the trainer's as well. With either, an embedded engine on each GPU reads the trainer's
+    parts. `offload`: the layers of the trainer's part lie in host memory.
     """
 
     strategy: Strategy
     shard: int = 1  # GPUs over which the trainer's base is spread
     engine: int = 1  # GPUs of one tensor-parallel engine
     offload: bool = False
+
+    def samples_with(self, engine: Engine) -> bool:
+        """Whether it is a layout for this engine: the embedded one is of one GPU, a vLLM of all that hold its parts, of
+        layers that are not streamed."""
+        if self.streamed:
+            return engine == "torch"
+        return self.engine == (self.shard if engine == "vllm" else 1)
 
     @property
     def streamed(self) -> bool:
@@ -49,14 +57,16 @@ def layouts(
     shard_size: int | None = None,
 ) -> list[Layout]:
     """All layouts that split the model evenly, simpler ones first; of one strategy, and with or without offload, where
-    these are given. Engines stay within a node; a sharded base covers `shard_size` GPUs, or a node or everything.
-    Streamed layers, which the embedded engine waits for with every token, are there only where `offload` is True."""
+    these are given. A vLLM stays within a node; for the embedded engine a base in parts covers a node or everything.
+    `shard_size`: neither covers another number of GPUs. Streamed layers, which the embedded engine waits for with every
+    token, are there only where `offload` is True."""
     ways = tensor_parallel_ways(shape, cluster)
-    sizes = (cluster.gpus, cluster.world) if shard_size is None else (shard_size,)
-    shards = sorted({n for n in sizes if n > 1})
-    found = [Layout("ddp"), *(Layout("shared", n, n) for n in ways if n > 1 and shard_size in (None, n))]
-    parts = [Layout(kind, shard, engine) for kind in ("fsdp2", "fsdp") for shard in shards for engine in ways]
-    found += [*parts, Layout("ddp", offload=True), *(replace(one, offload=True) for one in parts)]
+    vllms = [(n, n) for n in ways if n > 1 and shard_size in (None, n)]
+    embedded = [(n, 1) for n in sorted({shard_size or cluster.gpus, shard_size or cluster.world}) if n > 1]
+    parts = [Layout(kind, *spread) for kind in ("fsdp2", "fsdp") for spread in [*vllms, *embedded]]
+    found = [Layout("ddp"), *(Layout("shared", *spread) for spread in vllms), *parts]
+    found += [Layout("shared", *spread) for spread in embedded]
+    found += [replace(one, offload=True) for one in (Layout("ddp"), *parts)]
     offered = [one for one in found if (not one.streamed if offload is None else one.offload is offload)]
     return [one for one in offered if strategy in (None, one.strategy)]
 

@@ -98,8 +98,7 @@ def engine(values: Values) -> Lorl:
             "counts the engine's weights too, which here are the trainer's"
         )
     chosen = {None: "auto", "hf": "torch", "vllm": "vllm"}[values[name]]
-    gpus = values["trainer.n_gpus_per_node"] * values["trainer.nnodes"]
-    if chosen == "vllm" and (lack := _lacks_vllm(gpus)):
+    if chosen == "vllm" and (lack := _lacks_vllm(values[f"{_ACTOR}.ulysses_sequence_parallel_size"])):
         values.note(f"{values.spelled(name)}: rollout.engine=auto, since {lack}")
         chosen = "auto"
     if chosen == "torch" or (chosen == "auto" and values[name]):
@@ -114,12 +113,12 @@ def engine(values: Values) -> Lorl:
     return {"rollout.engine": chosen}
 
 
-def _lacks_vllm(gpus: int) -> str | None:
+def _lacks_vllm(sequence: int) -> str | None:
     """Why vLLM cannot be the engine here; None: it can."""
     from lorl.rollout.vllm import versions
 
-    if gpus > 1:
-        return f"lorl's vLLM engine is of one GPU so far, and these are {gpus}"
+    if sequence > 1:
+        return f"{sequence} ranks split each pass, and lorl's vLLM engine proves its answers rank by rank"
     try:
         versions.check()
     except UserError:

@@ -30,7 +30,7 @@ _VLLM = f"{_ROLLOUT}.engine_kwargs.vllm"  # what verl hands to vLLM as it is
 
 ROWS: tuple[Row, ...] = (
     joins(f"{_ROLLOUT}.name", Literal["vllm", "hf"] | None, None, "rollout.engine",
-          why="hf: torch, the embedded engine; vllm: vllm on one GPU or CPU that has a version lorl knows, else auto"),
+          why="hf: torch, the embedded engine; vllm: vllm where lorl knows the version installed, else auto"),
     unused(f"{_ROLLOUT}.mode", Literal["async", "sync"], "async", "completions are graded as each is finished"),
     sets(f"{_ROLLOUT}.n", Count, 1, "rollout.n"),
     sets(f"{_ROLLOUT}.temperature", NonNegative, 1.0, "rollout.temperature"),

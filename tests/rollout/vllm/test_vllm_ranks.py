@@ -22,13 +22,14 @@ import small_trainer
 import vllm_engines
 from lorl.errors import InfrastructureError, UserError
 from lorl.parallel.group import Ranks
+from lorl.parallel.sharding import ShardedTrainer
 from lorl.parallel.shared import sharers_of
 from lorl.policy.load import TRAINED, load_tokenizer
 from lorl.policy.policy import Policy
 from lorl.policy.shards import ShardedBase
 from lorl.rewards.pool import RewardPool
 from lorl.rollout.engine import Request, Sampling
-from lorl.rollout.vllm import shared, slots
+from lorl.rollout.vllm import copied, shared, slots
 from lorl.rollout.vllm.engine import VllmEngine
 from small_trainer import run, small_config
 from vllm_engines import distance, draw, needs_vllm, prompts, save_model, vllm_config
@@ -71,18 +72,28 @@ def trained(model: Path, folder: Path, pool: RewardPool, *overrides: str, name: 
     return trainer.folder.path
 
 
-def test_ranks_with_an_engine_each_train_to_the_numbers_of_one(model: Path, tmp_path: Path, pool: RewardPool) -> None:
-    many = trained(model, tmp_path, pool, "rollout.adapter_mode=adapter", "parallel.gpus=2", name="many")
-    one = trained(model, tmp_path, pool, "rollout.adapter_mode=adapter", name="one")
-    assert_equal_runs(one, many, STEPS)
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory, pool: RewardPool) -> Path:
+    """The run of one process."""
+    return trained(model, tmp_path_factory.mktemp("alone"), pool, "rollout.adapter_mode=adapter", name="one")
 
 
-def test_ranks_that_share_one_engines_parts_train_to_the_numbers_of_one_process(
-    model: Path, tmp_path: Path, pool: RewardPool
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param(["rollout.adapter_mode=adapter"], id="an engine each"),
+        pytest.param(["parallel.strategy=shared"], id="one engine on shared parts"),
+        pytest.param(
+            ["parallel.strategy=fsdp2", "parallel.gpus=4", "parallel.shard_size=2"], id="two engines beside fsdp2"
+        ),
+        pytest.param(["parallel.strategy=fsdp", "parallel.param_offload=true"], id="one engine beside fsdp, offloaded"),
+    ],
+)
+def test_ranks_train_to_the_numbers_of_one_process(
+    keys: list[str], model: Path, alone: Path, tmp_path: Path, pool: RewardPool
 ) -> None:
-    many = trained(model, tmp_path, pool, "parallel.strategy=shared", "parallel.gpus=2", name="many")
-    one = trained(model, tmp_path, pool, "rollout.adapter_mode=adapter", name="one")
-    assert_equal_runs(one, many, STEPS)
+    many = trained(model, tmp_path, pool, "parallel.gpus=2", *keys, name="many")
+    assert_equal_runs(alone, many, STEPS)
 
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
@@ -156,6 +167,47 @@ def test_the_engines_parts_are_the_trainers_base(case: str, tmp_path: Path) -> N
         assert size / 2 < held < 0.6 * size  # norms, and the key and value head of which there is one
 
 
+def beside(group: Ranks, model: Path, *overrides: str) -> tuple[Policy, VllmEngine, ShardedTrainer, list[str]]:
+    config = vllm_config(model, *overrides, "parallel.gpus=2")
+    told: list[str] = []
+    trainer = ShardedTrainer(config, load_tokenizer(config.model), group, told.append)
+    policy, engine = copied.policy_and_engine(config, trainer, told.append, sharers_of(group.size, 60.0))
+    return policy, engine, trainer, told
+
+
+def test_an_engine_beside_the_trainers_parts_has_a_copy_of_them(tmp_path: Path) -> None:
+    model_type, overrides = CASES["smollm"]
+    keys = ["parallel.strategy=fsdp2", "parallel.param_offload=true", "model.random_weights=true"]
+    folder = save_model(tmp_path / "model", model_type, **overrides)
+    vllm_engines._no_inspectors()
+
+    def work(group: Ranks) -> Any:
+        policy, engine, trainer, told = beside(group, folder, *keys, "rollout.rest=always")
+        names = [name for name, _ in trainer.wholes(policy)]
+        draw(policy, 1)
+        engine.publish(TRAINED, 1, policy.checksum(TRAINED))
+        answers = sample(engine, TRAINED)
+        apart = [distance(policy, sample(engine), None), distance(policy, answers, TRAINED)]
+        engine.rest()
+        engine.rebuild()
+        engine.publish(TRAINED, 2, policy.checksum(TRAINED))
+        again = sample(engine, TRAINED)
+        apart += [distance(policy, sample(engine), None), distance(policy, again, TRAINED)]
+        same = [one.tokens for one in answers] == [one.tokens for one in again]
+        group.gather("done", "done")
+        copy = sum(tensor.nbytes for tensor in engine.inside.weights().values())
+        return told[-1], sorted(names), apart, same, copy
+
+    stored = load_file(folder / "model.safetensors")
+    size = sum(tensor.nbytes for tensor in stored.values())
+    for told, names, apart, same, copy in each(2, tmp_path, work, end_s=START_S):
+        assert "the base is in memory twice" in told
+        assert names == sorted(stored)
+        assert max(apart) < 1e-5
+        assert same
+        assert copy < 0.65 * size
+
+
 def test_a_damaged_part_of_a_slot_and_ranks_that_sample_apart_are_named(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", num_key_value_heads=2)
     vllm_engines._no_inspectors()
@@ -180,6 +232,25 @@ def test_a_damaged_part_of_a_slot_and_ranks_that_sample_apart_are_named(tmp_path
     for damaged, name, said in each(2, tmp_path, work, end_s=START_S):
         assert damaged == [name]
         assert "rank 1 sampled other tokens than rank 0" in said
+
+
+def test_adapters_on_what_the_checkpoint_fuses_are_one_sentence(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "phi3", num_key_value_heads=2)
+    vllm_engines._no_inspectors()
+
+    def work(group: Ranks) -> Any:
+        policy, engine, _, _ = beside(group, folder, "parallel.strategy=fsdp2")
+        apart = distance(policy, sample(engine), None)
+        try:
+            engine.publish(TRAINED, 1, policy.checksum(TRAINED))
+        except UserError as error:
+            return apart, str(error)
+        return apart, ""
+
+    for apart, said in each(2, tmp_path, work, end_s=START_S):
+        assert apart < 1e-5
+        assert "the checkpoint fuses" in said
+        assert "adapter.exclude_modules" in said
 
 
 def test_heads_that_ranks_cannot_share_evenly_are_one_sentence(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lorl.errors import InfrastructureError
 from lorl.experience import Completion
 from lorl.policy.fold import fold
 from lorl.policy.policy import Policy
-from lorl.policy.shards import ShardedBase, Sharers
+from lorl.policy.shards import Sharers
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.proof import PublishProof
 from lorl.rollout.vllm import slots
@@ -49,7 +49,6 @@ class VllmEngine:
     """`Engine` over a running vLLM whose base is the policy's.
 
     Attributes:
-        folds: whether rollouts of an adapter add it into the base (`policy.fold`) instead of using its slot.
         publish_times: of the last publish.
     """
 
@@ -63,17 +62,20 @@ class VllmEngine:
         adapter_slots: int,
         rank: int,
         rests: bool,
-        shards: ShardedBase | None = None,
+        sharers: Sharers | None = None,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
-        """`launch` makes a fresh vLLM over the same weights, for `rebuild`. `shards` is the base where several ranks
-        run one engine together: whatever is called, is called on all of them."""
+        """`launch` makes a fresh vLLM over the same weights, for `rebuild`. `sharers` are the ranks that run one engine
+        together, where there are several: whatever is called, is called on all of them. `let_go` has the trainer give
+        back what its last pass still holds, before sampling."""
         self._launch = launch
         self._policy = policy
         self._rank = rank
         self._in_flight = max_concurrent + WAITING
         self._adapter_slots = adapter_slots
         self._rests = rests
-        self._shards = shards
+        self._sharers = sharers
+        self._let_go = let_go
         self.folds = False
         self.publish_times = PublishTimes()
         self._adopt(inside)
@@ -107,14 +109,14 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
     ) -> Generator[Completion]:
-        if self._shards is None:
+        if self._sharers is None:
             yield from self._answers(requests, sampling, adapter)
             return
         sampled = 0
         for completion in self._answers(requests, sampling, adapter):
             sampled ^= _digest(completion)
             yield completion
-        _check_equal(self._shards.sharers, sampled)
+        _check_equal(self._sharers, sampled)
 
     def _answers(self, requests: Sequence[Request], sampling: Sampling, adapter: str | None) -> Generator[Completion]:
         if adapter is None:
@@ -170,6 +172,17 @@ class VllmEngine:
         # Adapter slots and CUDA graphs go with them: an engine may be built in their place.
         del self._inside, self._sampler
         gc.collect()
+
+    @property
+    def folds(self) -> bool:
+        """Whether rollouts of an adapter add it into the base (`policy.fold`) instead of using its slot. The trainer
+        rounds as the one or the other does."""
+        return self._folds
+
+    @folds.setter
+    def folds(self, folds: bool) -> None:
+        self._folds = folds
+        self._policy.round_base_first(not folds)
 
     @property
     def proof(self) -> PublishProof:
@@ -236,8 +249,7 @@ class VllmEngine:
         options: Mapping[str, Any],
         salt: str | None = None,
     ) -> Generator[Completion]:
-        if self._shards is not None:
-            self._shards.free()  # the head of the last pass
+        self._let_go()
         self.wake()
         engine, params = self._inside.engine, self._parameters(sampling)
         waiting = deque((request, index) for request in requests for index in range(len(request.seeds)))

@@ -1,6 +1,7 @@
 """A policy and a vLLM engine on one base: vLLM loads the weights, the policy binds to views of them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,15 @@ _PROOF_TOKENS = 160  # what `PublishProof` asks for: a block of the CPU build's 
 _CPU_KV_BYTES = 4 * GIB  # at most, where rollout.memory_fraction is not set: a laptop does other things too
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A base that no rank holds whole."""
+
+    sharers: Sharers  # that run one engine
+    held: int  # bytes of this rank's parts: the engine's, and the trainer's where it has parts of its own
+    gathered: int  # bytes that a pass holds beyond them at most
+
+
 def chosen(config: RunConfig) -> bool:
     """Whether this run samples with vLLM: as asked, or by `auto` on a GPU that has one lorl knows. On a CPU the
     embedded engine is the faster one."""
@@ -50,7 +60,7 @@ def policy_and_engine(
     launch.check_mode(config.rollout.adapter_mode, device, dtype)
     lora = adapters.configured(config.adapter)
     model = empty_model(config.model, dtype)
-    shape, rests = _shape(config, model, device, dtype, launch.slot_rank(lora))
+    shape, rests = shape_of(config, model, device, dtype, launch.slot_rank(lora))
     start = partial(launch.start, config, device, dtype, shape)
     inside = start()
     try:
@@ -110,7 +120,8 @@ def sharded_policy_and_engine(
     lora = adapters.configured(config.adapter)
     model = empty_model(config.model, dtype)
     tensor_parallel.check(model.config, sharers.size)
-    shape, rests = _shape(config, model, device, dtype, launch.slot_rank(lora), sharers)
+    spread = Spread(sharers, parameter_bytes(model) // sharers.size, _gathered_bytes(model))
+    shape, rests = shape_of(config, model, device, dtype, launch.slot_rank(lora), spread)
     start = partial(tensor_parallel.start, sharers, partial(launch.start, config, device, dtype, shape))
     inside = start()
     try:
@@ -131,7 +142,8 @@ def sharded_policy_and_engine(
             adapter_slots=config.rollout.adapter_slots,
             rank=shape.rank,
             rests=rests,
-            shards=base,
+            sharers=sharers,
+            let_go=base.free,  # the head of its last pass
         )
         return policy, engine, base
     except CannotBindError as error:
@@ -157,13 +169,13 @@ def _folds(config: RunConfig, engine: VllmEngine, policy: Policy, shares: bool, 
     return folds
 
 
-def _shape(
+def shape_of(
     config: RunConfig,
     model: PreTrainedModel,
     device: torch.device,
     dtype: torch.dtype,
     rank: int,
-    sharers: Sharers | None = None,
+    spread: Spread | None = None,
 ) -> tuple[launch.Shape, bool]:
     """What vLLM is started with, and whether its KV cache must rest while the policy trains. Ranks that share it agree:
     their schedulers have to decide alike."""
@@ -171,9 +183,9 @@ def _shape(
     max_tokens = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, _PROOF_TOKENS)
     per_token = kv_bytes_per_token(text, dtype.itemsize)
     base, gathered = parameter_bytes(model), 0
-    if sharers is not None:
-        per_token //= min(sharers.size, text.num_key_value_heads)
-        base, gathered = base // sharers.size, _gathered_bytes(model)
+    if spread is not None:
+        per_token //= min(spread.sharers.size, text.num_key_value_heads)
+        base, gathered = spread.held, spread.gathered
     smallest = per_token * (max_tokens + SPARE_TOKENS)
     fraction = config.rollout.memory_fraction
     free, total = _memory(device, config.parallel.gpus)
@@ -197,9 +209,9 @@ def _shape(
         rest=config.rollout.rest,
     )
     kv_bytes, rests = found.kv_bytes, found.rests
-    if sharers is not None:
-        kv_bytes = min(sharers.values(kv_bytes, "the size of the KV cache"))
-        rests = any(sharers.values(rests, "whether the KV cache rests"))
+    if spread is not None:
+        kv_bytes = min(spread.sharers.values(kv_bytes, "the size of the KV cache"))
+        rests = any(spread.sharers.values(rests, "whether the KV cache rests"))
     shape = launch.Shape(
         rank=rank,
         slots=config.rollout.adapter_slots,

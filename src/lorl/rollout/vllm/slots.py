@@ -172,6 +172,13 @@ def _places(
     stacked = layers[owner].lora_b_stacked
     if owner != module:
         return [(list(fused[owner.rpartition(".")[2]]).index(module.rpartition(".")[2]), None)]
+    layer = layers[owner]
+    if layer.tp_size > 1 and len(getattr(layer.base_layer, "output_sizes", [])) > 1:
+        raise UserError(
+            f"adapter tensor {name!r} is of a module that the checkpoint fuses, and a vLLM over {layer.tp_size} ranks "
+            "cuts each of its parts by itself; leave the module out with adapter.exclude_modules, or use strategy=ddp "
+            "or rollout.engine=torch."
+        )
     if len(stacked) == 1:
         return [(0, None)]
     # The checkpoint fuses what vLLM slices: every slice takes the same A and its own rows of B.

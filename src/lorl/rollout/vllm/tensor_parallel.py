@@ -24,8 +24,8 @@ def check(config: Any, size: int) -> None:
     heads, groups, inner = text.num_attention_heads, text.num_key_value_heads, text.intermediate_size
     if heads % size or inner % size or (groups % size and size % groups):
         raise UserError(
-            f"parallel.strategy=shared over {size} ranks: vLLM cannot deal out {heads} heads, {groups} of keys and "
-            f"values, and {inner} inner units evenly; choose another parallel.shard_size, or strategy=ddp or fsdp2"
+            f"rollout.engine=vllm over {size} ranks: vLLM cannot deal out {heads} heads, {groups} of keys and values, "
+            f"and {inner} inner units evenly; choose another parallel.shard_size, strategy=ddp, or rollout.engine=torch"
         )
 
 

@@ -1,0 +1,87 @@
+"""A vLLM engine with a copy of the base of its own, in parts over several ranks, beside a trainer that has other parts.
+
+The copy is the trainer's base, tensor by tensor, and nothing is read a second time.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorl.config import RunConfig
+from lorl.policy import adapters
+from lorl.policy.load import pick_device, pick_dtype
+from lorl.policy.policy import Policy
+from lorl.policy.shards import Sharers
+from lorl.policy.sharing import empty_model, parameter_bytes
+from lorl.rollout.vllm import launch, loader, tensor_parallel, versions
+from lorl.rollout.vllm.engine import VllmEngine
+from lorl.rollout.vllm.shared import Spread, shape_of
+from lorl.rollout.vllm.versions import Inside
+
+
+class Trainer(Protocol):
+    """The trainer's side of such a layout. All ranks make the same calls at the same time."""
+
+    def bytes_of(self, model: PreTrainedModel) -> tuple[int, int]:
+        """What this rank's device will hold of `model` (whose parameters are on the meta device), and what a pass
+        gathers beyond that at most."""
+        ...
+
+    def load(self) -> Policy: ...
+
+    def wholes(self, policy: Policy) -> Iterable[tuple[str, Tensor]]:
+        """Each of the base's tensors in turn, whole on its device, by the base's own name."""
+        ...
+
+
+def policy_and_engine(
+    config: RunConfig, trainer: Trainer, tell: Callable[[str], None], sharers: Sharers
+) -> tuple[Policy, VllmEngine]:
+    """The trainer's policy, and one vLLM of all `sharers` beside it. `tell` gets what the copy costs.
+
+    Raises:
+        UserError: vLLM or its version is not at hand, the memory does not suffice, or vLLM does not compute this base
+            in parts, or this kind of adapter.
+    """
+    versions.check()
+    device = pick_device(config.model)
+    dtype = pick_dtype(config.model, device)
+    launch.check_mode("adapter", device, dtype, parts=True)
+    lora = adapters.configured(config.adapter)
+    model = empty_model(config.model, dtype)
+    tensor_parallel.check(model.config, sharers.size)
+    held, gathered = trainer.bytes_of(model)
+    spread = Spread(sharers, parameter_bytes(model) // sharers.size + held, gathered)
+    shape, rests = shape_of(config, model, device, dtype, launch.slot_rank(lora), spread)
+    policy = trainer.load()
+    tell(
+        f"the base is in memory twice, {held / 2**20:,.1f} MiB more on each rank than with parallel.strategy=shared: "
+        f"one vLLM over {sharers.size} ranks has a copy beside the trainer's parts"
+    )
+    start = partial(launch.start, config, device, dtype, shape)
+    fresh = partial(_start, partial(tensor_parallel.start, sharers, start), partial(trainer.wholes, policy))
+    inside = fresh()
+    try:
+        engine = VllmEngine(
+            fresh,
+            inside,
+            policy,
+            max_concurrent=config.rollout.max_concurrent,
+            adapter_slots=config.rollout.adapter_slots,
+            rank=shape.rank,
+            rests=rests,
+            sharers=sharers,
+        )
+    except BaseException:
+        inside.shut_down(resting=False)
+        raise
+    return policy, engine
+
+
+def _start(start: Callable[..., Inside], wholes: Callable[[], Iterable[tuple[str, Tensor]]]) -> Inside:
+    """vLLM on a new copy of the trainer's base."""
+    with loader.copying(wholes):
+        return start(load_format=loader.FORMAT)
