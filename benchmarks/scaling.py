@@ -19,6 +19,7 @@ from lorl.plan import measured
 from lorl.plan.choose import Plan, choose, make_plan
 from lorl.plan.demand import Demand, demand_of, with_mean_lengths
 from lorl.plan.hardware import GIB, GPUS, Cluster, make_cluster
+from lorl.plan.host import MODEL_FILES
 from lorl.plan.layout import Layout
 from lorl.verl.translate import translate
 
@@ -91,12 +92,14 @@ def _reference_run() -> Iterator[str]:
         GiB), in GiB a GPU while sampling / while training. verl samples it with tensor parallelism over 8, as the
         first column does; parallel.strategy=auto takes {chosen.layout.name}, with
         rollout.engine={chosen.demand.engine}. The same command line trains on 8 CPU processes with the model cut to 4
-        narrow layers: `python benchmarks/reference_run.py`."""
+        narrow layers: `python benchmarks/reference_run.py`. It asks for optimizer_offload and use_shm: AdamW's moments
+        and the model's files are in host memory, and no moments are on a GPU while a pass goes on."""
     )
     extra = [] if chosen.layout in layouts else [chosen]
     yield _reference_table([*plans, *extra])
     yield _prose(
-        """"shared" is the trainer on the engine's tensor-parallel shards; fsdp (FSDP1) takes what fsdp2 takes.
+        """"shared" is the trainer on the engine's tensor-parallel shards; fsdp (FSDP1) takes what fsdp2 takes;
+        offloaded, it pins a gradient as large as its parts beside them, which is never used.
         Activations are those of recomputed layers: kept, they would take """
         f"{plans[0].memory.without_recompute / GIB:.0f} GiB. Beside verl, by what its code does with these keys:"
     )
@@ -145,6 +148,7 @@ def _beside_verl(demand: Demand, plan: Plan) -> str:
         ("engine's base, a GPU", 0, 2 * whole / ranks, "2P/TP"),
         ("KV cache, a GPU", held.row("KV cache").sampling, cache, "0.4 of the GPU less the engine's base"),
         ("base in host memory, a node", 0, 6 * whole, "4P offloaded, 2P pinned while the engine sleeps"),
+        ("model's files in /dev/shm, a node", dict(held.host)[MODEL_FILES], 2 * whole, "2P: use_shm"),
         ("base over PCIe, a GPU and step", 0, moved, "4P/N to the GPU and back, 4 times"),
         ("a checkpoint", demand.lora.parameters * 12, 4 * whole, "4P: all shards, base included"),
     ]
@@ -218,9 +222,10 @@ def _rates() -> Iterator[str]:
     yield _prose(
         """Bytes: `tests/plan` holds the formulas to what autograd saves and torch allocates on the CPU (Llama, Qwen2,
         Qwen3 and Gemma 3 layers, several ranks and targets, layers kept and computed again) and to what an H100 was
-        seen to take at 1.5B, each within 10%. Which tensors compiled layers keep was inferred from that H100, so that
-        other widths are an extrapolation, and with more than one GPU nothing was measured yet. Seconds, from one H100
-        at 1.5B with rank 32 where it does not say "assumed":"""
+        seen to take at 1.5B, each within 10%; and what is offloaded to what the offloading code holds on the CPU. On a
+        GPU's host it is pinned, which torch's allocator does in powers of two. Which tensors compiled layers keep was
+        inferred from that H100, so that other widths are an extrapolation, and with more than one GPU nothing was
+        measured yet. Seconds, from one H100 at 1.5B with rank 32 where it does not say "assumed":"""
     )
     yield "\n".join(_sources())
     yield _prose(

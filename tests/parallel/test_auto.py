@@ -92,6 +92,26 @@ def test_what_the_start_refuses_is_not_chosen_and_what_it_learns_is(
     assert settle(config, [H100] * 8)[0].parallel.strategy == "fsdp"
 
 
+def test_a_base_that_is_to_lie_in_host_memory_is_planned_there(folder_of: Callable[[str], Path]) -> None:
+    config = run_on(folder_of("qwen2.5-7b"), "parallel.param_offload=true", "parallel.gpus=1")
+    settled, why = settle(config, [H100])
+    assert settled.parallel.strategy == "ddp"
+    assert why.startswith("parallel.strategy=auto: ddp, offloaded, which takes ")
+    settled, why = settle(run_on(folder_of("qwen2.5-72b"), "parallel.param_offload=true"), [H100] * 8)
+    assert settled.parallel.strategy in ("fsdp", "fsdp2")
+    assert "offloaded, planned at" in why, "fsdp's parts come over PCIe once, where ddp's come to each GPU"
+
+
+def test_a_cpu_process_has_no_other_memory_to_put_anything_in(folder_of: Callable[[str], Path]) -> None:
+    keys = ("parallel.gpus=2", "parallel.microbatch_tokens=2048")
+    offloads = ("parallel.param_offload=true", "parallel.optimizer_offload=true", "model.activation_offload=true")
+    plain, away = (
+        settle(run_on(folder_of("qwen2.5-1.5b"), *keys, *more), [Device(None, 40 * GIB)] * 2)[1]
+        for more in ((), offloads)
+    )
+    assert plain == away
+
+
 def test_a_shard_size_that_is_asked_for_stays(folder_of: Callable[[str], Path]) -> None:
     config = run_on(folder_of("qwen2.5-72b"), "parallel.shard_size=4", "rollout.memory_fraction=0.1")
     settled, why = settle(config, [replace(H100, memory=140 * GIB)] * 8)

@@ -1,5 +1,6 @@
 """A sharded base: each rank holds its share of the layers, and together they hold the base."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,9 +9,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_group import each
+from torch.profiler import ProfilerActivity, profile
 
 from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig, ParallelConfig
+from lorl.experience import Forest
 from lorl.parallel.group import Ranks
 from lorl.parallel.sharding import load_sharded
 from lorl.policy.checksums import fingerprint
@@ -119,3 +122,43 @@ def test_a_checkpoint_with_other_names_is_dealt_out_and_the_user_is_told(tmp_pat
         assert equal
         assert "rank 0 read the whole base" in told
         assert "the checkpoint has no tensor model.embed_tokens.weight" in told
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_each_layer_is_gathered_once_forwards_and_once_backwards(strategy: Strategy, tmp_path: Path) -> None:
+    """After passes without gradient as well, from which torch would take the order of the next backward pass."""
+    model = ModelConfig(path=str(save_tiny_model(tmp_path / "model", num_hidden_layers=4)))
+
+    def work(group: Ranks) -> Any:
+        base, _ = load_sharded(model, ParallelConfig(gpus=2, strategy=strategy))
+        policy = load_policy(model, AdapterConfig(rank=4), seed=0, base=base)
+
+        def score() -> torch.Tensor:
+            return policy.logprobs(forest(), adapter="policy").logprobs
+
+        with torch.no_grad():
+            score()
+            read = gathers(score)
+        trained = [gathers(lambda: score().sum().backward()) for _ in range(2)]
+        dist.barrier()
+        return read, trained
+
+    assert each(2, tmp_path, work) == [(4, [8, 8])] * 2
+
+
+def forest() -> Forest:
+    return Forest(
+        tokens=torch.arange(10, 34),
+        positions=torch.arange(24),
+        segments=torch.tensor([0, 24], dtype=torch.int32),
+        parent=torch.tensor([-1], dtype=torch.int32),
+        previous=torch.arange(24) - 1,
+        sampled=torch.arange(8, 24),
+    )
+
+
+def gathers(work: Callable[[], Any]) -> int:
+    """How often `work` has torch.distributed gather."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        work()
+    return sum(event.count for event in seen.key_averages() if "allgather" in event.key and "c10d" in event.key)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lorl.plan.choose import Plan, choose, make_plan, smallest_change
 from lorl.plan.demand import Demand, Engine, demand_of
-from lorl.plan.hardware import GPUS, Cluster
+from lorl.plan.hardware import GIB, GPUS, Cluster
 from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts
 from lorl.plan.memory import ACTIVATIONS
 from lorl.settings import load
@@ -51,7 +51,7 @@ def test_plain_fsdp2_has_eighths_of_the_layers_beside_the_engines_eighth_of_all(
     assert held.row("base").sampling == pytest.approx(ends + (whole - ends) / 8, rel=1e-9)
     offloaded = make_plan(demand, Layout("fsdp2", 8, 8, offload=True), EIGHT).memory
     assert offloaded.row("base").training == ends
-    assert dict(offloaded.host)["offloaded base"] == whole - ends
+    assert whole - ends < dict(offloaded.host)["offloaded base"] < 1.1 * (whole - ends)  # pinned: powers of two
 
 
 def test_the_embedded_engine_reads_the_trainers_parts() -> None:
@@ -172,7 +172,8 @@ def test_changes_are_combined_where_none_is_enough() -> None:
 
 
 def test_what_nothing_helps_is_said() -> None:
-    assert smallest_change(run_of("model.path=qwen2.5-72b"), ONE, None, None) is None
+    small = Cluster(replace(GPUS["h100"], memory=8 * GIB), 1)
+    assert smallest_change(run_of("model.path=qwen2.5-72b"), small, None, None) is None
 
 
 def without_cache(plan: Plan) -> int:
@@ -210,6 +211,16 @@ def test_ranks_that_split_a_pass_hold_a_share_of_a_long_sample() -> None:
     assert (whole.microbatch(8), split.microbatch(8)) == (65536, 16384)
     held, shared = (make_plan(demand, Layout("ddp"), EIGHT).memory.row(ACTIVATIONS) for demand in (whole, split))
     assert shared.training < held.training / 3
+
+
+def test_ranks_that_split_a_pass_wait_for_what_they_send_each_other() -> None:
+    demand = run_of("model.path=qwen2.5-7b", "parallel.sequence=4")
+    slow = replace(EIGHT, gpu=replace(EIGHT.gpu, nvlink=2e9))
+    fast, waiting = (make_plan(demand, Layout("ddp"), cluster).phases for cluster in (EIGHT, slow))
+    bound, seconds = ({phase.phase: getattr(phase, name) for phase in waiting} for name in ("bound", "seconds"))
+    assert bound["update"] == "links"
+    assert seconds["update"] > 2 * next(phase.seconds for phase in fast if phase.phase == "update")
+    assert seconds["rollout"] == next(phase.seconds for phase in fast if phase.phase == "rollout")
 
 
 def test_the_objective_decides_which_passes_there_are() -> None:

@@ -45,14 +45,21 @@ DEEP_NARROW = QWEN_LIKE | {
 
 
 def build(
-    model_type: str, sizes: Mapping[str, Any], *, rank: int, recompute: bool, targets: Any, dtype: torch.dtype
+    model_type: str,
+    sizes: Mapping[str, Any],
+    *,
+    rank: int,
+    recompute: bool,
+    targets: Any,
+    dtype: torch.dtype,
+    offload: bool = False,
 ) -> tuple[Policy, Shape, Lora]:
     config = AutoConfig.for_model(model_type, **sizes)
     base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
     base.requires_grad_(False).eval()
     peft = adapters.attach(base, TRAINED, AdapterConfig(rank=rank, target_modules=targets), seed=0)
     lora.fuse(peft)
-    layers.install(base, compiled=False, recompute=recompute)
+    layers.install(base, compiled=False, recompute=recompute, offload=offload)
     shape = Shape.of(config)
     return Policy(peft, tiny_tokenizer(), trained=TRAINED), shape, lora_on(shape, rank, targets)
 

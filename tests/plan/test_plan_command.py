@@ -65,7 +65,7 @@ def test_a_run_that_does_not_fit_ends_with_2_and_names_the_setting(forks: Forks,
     told = forks.run("plan", *words, cwd=tmp_path)
     assert told.code == 2
     assert "model.gradient_checkpointing=true" in told.out
-    helpless = forks.run("plan", "model.path=qwen2.5-72b", "--gpus", "1", cwd=tmp_path)
+    helpless = forks.run("plan", "model.path=qwen2.5-72b", "--gpu-memory", "8GiB", cwd=tmp_path)
     assert helpless.code == 2
     assert "no setting helps" in helpless.out
 

@@ -7,14 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.experience import Completion, Forest, Outcome, Prompt
 from lorl.packing import pack
+from lorl.plan import footprint
+from lorl.plan.lora import lora_on
+from lorl.plan.shape import find_shape
 from lorl.policy import layers, varlen
 from lorl.policy.attention import ForestAttention
-from lorl.policy.load import TRAINED, load_policy
+from lorl.policy.load import TRAINED, kept_bytes, load_base, load_policy
 from lorl.policy.policy import Policy
 
 
@@ -71,6 +75,32 @@ def test_nothing_changes_on_a_cpu_by_itself(tiny_model: Path) -> None:
     layers.install(policy._base, compiled=False, recompute="auto")
     decoder = policy._base.base_model
     assert all("forward" not in vars(layer) for layer in decoder.layers)  # type: ignore[union-attr]
+
+
+def test_auto_recomputes_a_pass_that_would_take_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_free", lambda device: 1000)
+    stack = layers._Stack(False, "auto", False, lambda tokens: 100 * tokens)
+    for tokens, again in ((8, False), (9, True)):
+        hidden = torch.zeros(1, tokens, 4)
+        assert [stack.recomputes(hidden, first=first) for first in (True, False)] == [again, again]
+    assert layers._Stack(False, "auto", False, None).recomputes(torch.zeros(1, 1, 4), first=True)
+
+
+def test_what_a_pass_keeps_is_what_the_plan_counts(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "qwen2")
+    base, shape = load_base(ModelConfig(path=str(folder))), find_shape(str(folder))
+    for given, planned in ((["q_proj", "v_proj"], ["q_proj", "v_proj"]), (["q_proj", "lm_head"], "all-linear")):
+        kept = kept_bytes(base, AdapterConfig(rank=4, target_modules=given))
+        how = footprint.Pass(4, eager=True, recompute=False)
+        assert kept is not None
+        assert kept(96) == footprint.kept_bytes(shape, lora_on(shape, 4, planned), 96, how)
+
+
+def test_nobody_knows_what_a_mixture_of_experts_keeps() -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    config = AutoConfig.for_model("mixtral", **sizes, num_attention_heads=2, num_key_value_heads=1)
+    with torch.device("meta"):
+        assert kept_bytes(AutoModelForCausalLM.from_config(config), AdapterConfig()) is None
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ def settle(config: RunConfig, devices: Sequence[Device]) -> tuple[RunConfig, str
     cluster = Cluster(described_gpu(smallest.gpu, smallest.memory), parallel.gpus, parallel.nodes)
     engines = _engines_here(smallest)
     about = ABOUT if smallest.gpu else math.inf  # the plan knows no CPU's seconds
-    plan = choose(demand, cluster, engine_on=engine_on(config, engines), about=about)
+    offload = None if smallest.gpu else False  # a CPU process has no other memory to go to
+    plan = choose(demand, cluster, offload=offload, engine_on=engine_on(config, engines), about=about)
     assert plan is not None, "ddp is always a layout"
     settled = _with(config, plan.layout, plan.demand.engine)
     why = f"parallel.strategy=auto: {_why(plan, smallest)}"
@@ -112,7 +113,8 @@ def _demand(config: RunConfig, device: Device) -> Demand:
     if device.gpu is not None:
         return demand
     itemsize = 4 if config.model.dtype == "auto" else demand.itemsize
-    return replace(demand, itemsize=itemsize, recompute=demand.recompute is True)
+    at_hand = dict.fromkeys(("offload", "optimizer_offload", "activation_offload"), False)
+    return replace(demand, itemsize=itemsize, recompute=demand.recompute is True, **at_hand)
 
 
 def _engines_here(device: Device) -> tuple[Engine, ...]:
@@ -125,10 +127,11 @@ def _why(plan: Plan, device: Device) -> str:
     """The chosen layout, and what speaks for it or against ddp, the simplest one."""
     each = "a process" if device.gpu is None else "a GPU"
     room = f"{plan.memory.capacity / GIB:.1f} GiB {each}"
-    if plan.layout.strategy == "ddp":
+    simplest = Layout("ddp", offload=plan.demand.offload)
+    if plan.layout == simplest:
         lacks = "" if plan.fits else "; nothing fits, and this lacks least: `lorl plan` says what helps"
-        return f"ddp, which takes {_needed(plan)} of {room}{lacks}"
-    ddp = make_plan(plan.demand, Layout("ddp"), plan.cluster)
+        return f"{simplest.name}, which takes {_needed(plan)} of {room}{lacks}"
+    ddp = make_plan(plan.demand, simplest, plan.cluster)
     if ddp.fits:
         return f"{plan.layout.name}, planned at {plan.seconds:.3g} s a step where ddp takes {ddp.seconds:.3g}"
     lacks = "" if plan.fits else f"; nothing fits, and this lacks least ({_needed(plan)}): `lorl plan` says what helps"

@@ -108,8 +108,11 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, *, offload: bool) -> None:
     how: dict[str, Any] = {"mesh": mesh}
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    for layer in decoder.layers:
-        fully_shard(layer, **how)
+    layers = [fully_shard(layer, **how) for layer in decoder.layers]
+    # By itself it takes the order of a backward pass from all forward passes since the last one. Those without gradient
+    # are among them, so that the first layer would ask for the last one once more. It asks for itself: it is there.
+    for layer, before in zip(layers, [layers[0], *layers], strict=False):
+        layer.set_modules_to_backward_prefetch([before])
     rest = {parameter for name, parameter in decoder.named_parameters() if not name.startswith("layers.")}
     fully_shard(decoder, **how, ignored_params=rest)  # the root: it gathers a layer ahead of the one that computes
 

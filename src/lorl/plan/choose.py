@@ -14,7 +14,7 @@ from lorl.plan.seconds import PhaseSeconds, step_seconds
 EngineOn = Callable[[Layout], Engine | None]
 """The engine that samples on a layout; None: the run cannot take that layout."""
 
-OFFLOAD = "parallel.param_offload=true"
+OPTIMIZER_OFFLOAD, ACTIVATION_OFFLOAD = "parallel.optimizer_offload", "model.activation_offload"
 ABOUT = 1.05  # seconds that differ by less are the same: estimates are no better than that
 _FRACTIONS = tuple(percent / 100 for percent in (80, 70, 60, 50, 40, 30, 25, 20, 15, 10, 8, 6, 5, 4, 3, 2, 1))
 
@@ -48,6 +48,9 @@ class Change:
 
 
 def make_plan(demand: Demand, layout: Layout, cluster: Cluster) -> Plan:
+    """What the run takes in this layout. vLLM reads no streamed layers: the embedded engine samples them."""
+    if layout.streamed:
+        demand = replace(demand, engine="torch")
     held = memory(demand, layout, cluster)
     return Plan(demand, layout, cluster, held, step_seconds(demand, layout, cluster, held))
 
@@ -64,12 +67,12 @@ def choose(
     the one that lacks least. Simpler layouts come first in `layouts`. Another engine than the demand's is taken only
     where nothing fits with that one: the seconds are vLLM's, and the embedded engine's on a GPU are many times as long.
 
-    `strategy`, `offload` and `engine_on` narrow the choice; without the last, it is among the layouts for the demand's
-    engine. None: there is no such layout on this cluster.
+    `strategy`, `offload` and `engine_on` narrow the choice, and so does a demand whose base is to lie in host memory;
+    without `engine_on`, it is among the layouts for the demand's engine, and streamed ones. None: there is no such
+    layout on this cluster.
     """
-    found = layouts(demand.shape, cluster, strategy, offload, demand.shard_size)
-    engine_on = engine_on or (lambda layout: demand.engine if layout.samples_with(demand.engine) else None)
-    sampled = [(layout, engine_on(layout)) for layout in found]
+    found = layouts(demand.shape, cluster, strategy, True if demand.offload else offload, demand.shard_size)
+    sampled = [(layout, engine_on(layout) if engine_on else _engine(demand, layout)) for layout in found]
     plans = [make_plan(replace(demand, engine=engine), layout, cluster) for layout, engine in sampled if engine]
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
@@ -77,6 +80,10 @@ def choose(
         fastest = min(plan.seconds for plan in fitting)
         return next(plan for plan in fitting if plan.seconds <= fastest * about)
     return min(plans, key=lambda plan: plan.memory.shortage, default=None)
+
+
+def _engine(demand: Demand, layout: Layout) -> Engine | None:
+    return demand.engine if layout.samples_with(demand.engine) else "torch" if layout.streamed else None
 
 
 def smallest_change(
@@ -89,15 +96,15 @@ def smallest_change(
     """For a run that does not fit: the first single change that helps, or else as few as do together, mild before
     strong. None: nothing helps.
 
-    No change touches what is computed: smaller micro-batches, recomputation, the cache's rest and size, and then where
-    the base lies.
+    No change touches what is computed: smaller micro-batches, recomputation, the cache's rest and size, what may wait
+    in host memory, and then where the base lies.
     """
     start = _State(demand, strategy, offload, engine_on)
     steps = _steps(start)
     for step in steps:
         for edit in step:
             if (plan := edit.on(start).plan(cluster)) is not None and plan.fits:
-                return Change((edit.setting,), plan)
+                return Change(edit.settings, plan)
     strongest = [step[-1] for step in steps]
     for count in range(2, len(strongest) + 1):
         edits = strongest[:count]
@@ -119,9 +126,9 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class _Edit:
-    """One change of a run's settings."""
+    """One change of a run's settings, as `key=value`."""
 
-    setting: str
+    settings: tuple[str, ...]
     on: Callable[[_State], _State]
 
 
@@ -139,20 +146,31 @@ def _steps(start: _State) -> list[list[_Edit]]:
             for fraction in _FRACTIONS
             if demand.memory_fraction is not None and fraction < demand.memory_fraction
         ],
+        [] if demand.optimizer_offload else [_demand_edit(OPTIMIZER_OFFLOAD, "true", optimizer_offload=True)],
+        [] if demand.activation_offload else [_demand_edit(ACTIVATION_OFFLOAD, "true", activation_offload=True)],
     ]
     if start.strategy is not None:
         steps += [[_strategy_edit("fsdp2")], [_strategy_edit("shared")]]
-    if start.offload is False:
-        steps.append([_Edit(OFFLOAD, lambda state: replace(state, strategy="fsdp2", offload=True))])
+    if not (start.offload or demand.offload):
+        steps.append([_OFFLOAD])
+        if start.strategy is not None:  # parts that an engine reads can't go
+            steps.append([_both(_strategy_edit("fsdp2"), _OFFLOAD)])
     return [step for step in steps if step]
 
 
 def _demand_edit(key: str, value: object, **fields: Any) -> _Edit:
-    return _Edit(f"{key}={value}", lambda state: replace(state, demand=replace(state.demand, **fields)))
+    return _Edit((f"{key}={value}",), lambda state: replace(state, demand=replace(state.demand, **fields)))
 
 
 def _strategy_edit(strategy: Strategy) -> _Edit:
-    return _Edit(f"parallel.strategy={strategy}", lambda state: replace(state, strategy=strategy))
+    return _Edit((f"parallel.strategy={strategy}",), lambda state: replace(state, strategy=strategy))
+
+
+_OFFLOAD = _Edit(("parallel.param_offload=true",), lambda state: replace(state, offload=True))
+
+
+def _both(first: _Edit, second: _Edit) -> _Edit:
+    return _Edit((*first.settings, *second.settings), lambda state: second.on(first.on(state)))
 
 
 def _fits(start: _State, edits: Sequence[_Edit], cluster: Cluster) -> bool:
@@ -179,5 +197,6 @@ def _mildest(start: _State, edits: list[_Edit], steps: list[list[_Edit]], cluste
                 break
     plan = _applied(start, edits).plan(cluster)
     assert plan is not None
-    settings = {edit.setting.partition("=")[0]: edit.setting for edit in edits}  # the last strategy is what counts
+    named = [setting for edit in edits for setting in edit.settings]
+    settings = {setting.partition("=")[0]: setting for setting in named}  # the last strategy is what counts
     return Change(tuple(settings.values()), plan)

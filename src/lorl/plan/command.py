@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from lorl.errors import UserError, nearest
 from lorl.plan.choose import EngineOn, choose, smallest_change
-from lorl.plan.demand import demand_of
+from lorl.plan.demand import Engine, demand_of
 from lorl.plan.hardware import Cluster, make_cluster
-from lorl.plan.layout import STRATEGIES, Strategy
+from lorl.plan.layout import STRATEGIES, Layout, Strategy
 from lorl.plan.render import as_dict, as_text
 
 if TYPE_CHECKING:
@@ -38,17 +38,15 @@ def run(
     demand, notes = demand_of(config)
     offload = None if wanted is None else False
     spread = config.parallel.model_copy(update={"gpus": cluster.gpus, "nodes": cluster.nodes})
-    startable = engine_on(config.model_copy(update={"parallel": spread})) if wanted is None else None
+    startable = _vllm_alone if config.rollout.engine == "vllm" else None
+    if wanted is None:
+        startable = engine_on(config.model_copy(update={"parallel": spread}))
     plan = choose(demand, cluster, wanted, offload, startable)
     if plan is None:
-        lacks = (
-            "there is one; use ddp, or more --gpus"
-            if cluster.world == 1
-            else f"rollout.engine={demand.engine} cannot deal this model out evenly over so many; choose another "
-            "parallel.shard_size, or ddp"
-        )
-        raise UserError(f"--strategy {wanted} spreads the base over the GPUs of a node, and {lacks}")
+        raise UserError(_nowhere(config, wanted, demand.engine, cluster))
     change = None if plan.fits else smallest_change(demand, cluster, wanted, offload, startable)
+    if plan.layout.streamed and demand.engine != "torch":
+        notes.append("the embedded engine samples: with parallel.param_offload=true vLLM has no base to read")
     notes.append(_utilisation(cluster))
     if as_json:
         sys.stdout.write(json.dumps(as_dict(plan, change, notes)) + "\n")
@@ -57,6 +55,31 @@ def run(
 
         Console().print(as_text(plan, change, notes))
     return 0 if plan.fits else UserError.exit_code
+
+
+def _vllm_alone(layout: Layout) -> Engine | None:
+    return "vllm" if layout.samples_with("vllm") else None
+
+
+def _nowhere(config: "RunConfig", wanted: Strategy | None, engine: Engine, cluster: Cluster) -> str:
+    """Why there is no layout for this run."""
+    if not config.parallel.param_offload or wanted in ("fsdp", "fsdp2"):
+        lacks = (
+            "there is one; use ddp, or more --gpus"
+            if cluster.world == 1
+            else f"rollout.engine={engine} cannot deal this model out evenly over so many; choose another "
+            "parallel.shard_size, or ddp"
+        )
+        return f"--strategy {wanted} spreads the base over the GPUs of a node, and {lacks}"
+    offload = "parallel.param_offload=true, which keeps the base in host memory"
+    if wanted == "shared":
+        return f"--strategy shared keeps the base where the engine reads it, against {offload}; use --strategy fsdp2"
+    if config.adapter.dora:
+        return f"adapter.dora=true reads whole weights, against {offload}; use one"
+    return (
+        f"rollout.engine=vllm reads the base on the device, against {offload}; use rollout.engine=torch, or --strategy "
+        "fsdp2 over several GPUs, where vLLM has a copy of its own"
+    )
 
 
 def _strategy(name: str) -> Strategy | None:

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from lorl.plan.footprint import Pass
-from lorl.plan.lora import Lora, lora_in, lora_on
-from lorl.plan.shape import KNOWN_TYPES, Shape, find_shape
+from lorl.plan.lora import Lora, lora_of
+from lorl.plan.shape import KNOWN_TYPES, Shape, find_folder, find_shape
 
 if TYPE_CHECKING:
-    from lorl.config import RunConfig
+    from lorl.config import ModelConfig, RunConfig
 
 Engine = Literal["torch", "vllm"]
 
@@ -48,6 +48,11 @@ class Demand:
     memory_fraction: float | None
     rest: Literal["auto", "always", "never"]
     shard_size: int | None  # ranks that hold a copy of a sharded base; None: whatever is best
+    # host memory instead of a GPU's
+    offload: bool  # the base's layers lie there; False: wherever is best
+    optimizer_offload: bool
+    activation_offload: bool
+    shm_files: int  # bytes that a node's copy of the model's files takes
 
     @property
     def longest(self) -> int:
@@ -75,7 +80,13 @@ class Demand:
         return max(self.longest_share, min(self.microbatch_tokens, -(-most // ranks)))
 
     def passes_as(self, *, recompute: bool) -> Pass:
-        return Pass(self.itemsize, eager=self.itemsize != 2, recompute=recompute, entropy=self.entropy)
+        return Pass(
+            self.itemsize,
+            eager=self.itemsize != 2,
+            recompute=recompute,
+            entropy=self.entropy,
+            away=self.activation_offload,
+        )
 
 
 def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, list[str]]:
@@ -93,17 +104,13 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
     if config.adapter.dora:
         notes.append("DoRA's magnitudes and what they keep are not counted")
     adapter, algorithm, objective = config.adapter, config.algorithm, Objective.of(config)
-    if adapter.path:
-        lora = lora_in(shape, adapter.path)
-    else:
-        lora = lora_on(shape, adapter.rank, adapter.target_modules, adapter.exclude_modules)
     has_reference = algorithm.kl_coef > 0
     anchored = has_reference and adapter.path is not None and algorithm.reference == "start"
     prompts, samples = config.data.prompts_per_step, config.rollout.n
     mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
     demand = Demand(
         shape=shape,
-        lora=lora,
+        lora=lora_of(shape, adapter),
         itemsize=4 if config.model.dtype == "float32" else 2,
         learning=1 + objective.needs_critic,
         frozen=anchored + (config.reward_model.path is not None),
@@ -128,6 +135,10 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         memory_fraction=config.rollout.memory_fraction,
         rest=config.rollout.rest,
         shard_size=config.parallel.shard_size,
+        offload=config.parallel.param_offload,
+        optimizer_offload=config.parallel.optimizer_offload,
+        activation_offload=config.model.activation_offload,
+        shm_files=_shm_files(config.model, shape, notes),
     )
     lengths = "as long as allowed" if config.rollout.ignore_eos else "half of the longest allowed"
     notes.append(
@@ -137,6 +148,20 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
     if demand.engine == "torch":
         notes.append("the rollout's seconds are vLLM's; rollout.engine=torch is not built for GPUs")
     return demand, notes
+
+
+def _shm_files(model: "ModelConfig", shape: Shape, notes: list[str]) -> int:
+    """Bytes of the files that `model.use_shm` copies once a node, and a word where they are not at hand."""
+    from lorl.policy.shared_memory import wanted_files
+
+    if not model.use_shm or model.random_weights:
+        return 0
+    folder = find_folder(model.path)
+    files = [] if folder is None else wanted_files(folder)
+    if any(file.suffix == ".safetensors" for file in files):
+        return sum(file.stat().st_size for file in files)
+    notes.append("the model's files, which model.use_shm=true copies, have 2 bytes a parameter")
+    return 2 * shape.parameters
 
 
 def with_mean_lengths(demand: Demand, prompt: int, response: int) -> Demand:

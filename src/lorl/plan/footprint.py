@@ -8,13 +8,16 @@ inferred from what an H100's passes took at 1.5B, and holds there to 1% (5% with
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorl.plan.lora import Lora
 from lorl.plan.shape import Projection, Shape
 from lorl.policy.logprobs import CHUNK_BYTES
 
 BLOCK_TOKENS = 16  # of vLLM's cache on a GPU
+SPARE = (
+    0.8  # share of the free memory that kept activations may take; where they would take more, layers are recomputed
+)
 SPARE_TOKENS = 512  # beyond the samples: a publish's proof
 MASTER_BYTES = 4  # float32, whatever the base's dtype
 GRADIENT_BYTES = 4
@@ -29,6 +32,7 @@ class Pass:
     eager: bool
     recompute: bool  # only the layers' inputs are kept, and a layer is computed again when its gradient is due
     entropy: bool = False
+    away: bool = False  # what layers keep waits in host memory (`lorl.policy.activations`)
     span: int = 0  # tokens of the trees that dense masks are made for (a CPU's attention); 0: none are
 
     @property
@@ -37,26 +41,35 @@ class Pass:
         return self.itemsize < MASTER_BYTES
 
 
-def layer_kept_bytes(shape: Shape, adapted: tuple[Projection, ...], rank: int, how: Pass) -> int:
-    """Of one token in one layer with these adapted projections, for the backward pass."""
+def layer_kept_tensors(shape: Shape, adapted: tuple[Projection, ...], rank: int, how: Pass) -> list[int]:
+    """Bytes a token of each tensor that one layer with these adapted projections keeps for the backward pass."""
     n = how.itemsize
     norm = 4 if how.eager and how.cast else n  # eagerly, a norm keeps the float32 copy that it works on
     read = {one.reads for one in adapted}  # inputs of adapted projections, which A's gradient needs
-    hidden = shape.norms * norm + n * (("attention_norm" in read) + ("ffn_norm" in read))
-    queries, keys = 2 * n, 2 * n  # attention's queries and output, its keys and values
+    hidden = [norm] * shape.norms + [n] * (("attention_norm" in read) + ("ffn_norm" in read))
+    queries, keys = [n, n], [n, n]  # attention's queries and output, its keys and values
     if how.eager and "attention" in read:
-        queries += n  # the output, laid out anew
+        queries.append(n)  # the output, laid out anew
     if shape.qk_norm:
-        queries, keys = queries + norm, keys + norm
-    ffn = n * (2 + how.eager + ("product" in read))  # gate and up, activated gate, product
-    small = len(adapted) * rank * n + 4 * shape.heads + (4 * shape.norms if how.eager else 0)
-    return hidden * shape.hidden + queries * shape.queries + keys * shape.keys + ffn * shape.ffn + how.span * n + small
+        queries.append(norm)
+        keys.append(norm)
+    ffn = [n] * (2 + how.eager + ("product" in read))  # gate and up, activated gate, product
+    wide = ((hidden, shape.hidden), (queries, shape.queries), (keys, shape.keys), (ffn, shape.ffn))
+    small = [rank * n] * len(adapted) + [4 * shape.heads] + [4] * (shape.norms if how.eager else 0) + [how.span * n]
+    return [size * width for sizes, width in wide for size in sizes] + small
+
+
+def layer_kept_bytes(shape: Shape, adapted: tuple[Projection, ...], rank: int, how: Pass) -> int:
+    """Of one token in one layer."""
+    return sum(layer_kept_tensors(shape, adapted, rank, how))
 
 
 def kept_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:
-    """Of a pass over `tokens` packed tokens, at the end of its forward half."""
+    """On the device, of a pass over `tokens` packed tokens, at the end of its forward half."""
     ends = (4 if how.cast else how.itemsize) * shape.hidden + 2 * shape.head_dim * how.itemsize  # final norm, rotations
     casts = how.itemsize * lora.parameters if how.cast else 0
+    if how.away:
+        return tokens * (ends + how.span) + casts
     if how.recompute:
         return tokens * (shape.layers * shape.hidden * how.itemsize + ends + how.span) + casts
     kinds = Counter(lora.layers)
@@ -64,11 +77,19 @@ def kept_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:
     return tokens * (layers + ends) + casts
 
 
+def away_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:
+    """What a pass that is `how.away` keeps in host memory."""
+    return kept_bytes(shape, lora, tokens, replace(how, away=False)) - kept_bytes(shape, lora, tokens, how)
+
+
 def layer_moment_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:
-    """What the backward pass holds at its worst layer, beyond `kept_bytes`: gradients, and a recomputed layer."""
+    """What the pass holds at its worst layer, beyond `kept_bytes`: gradients, and a layer that is recomputed or comes
+    back from the host. Those that leave for it are one in the making and one on its way."""
     gradients = how.itemsize * (2 * shape.ffn + 2 * shape.hidden)
-    again = max(layer_kept_bytes(shape, adapted, lora.rank, how) for adapted in set(lora.layers))
-    return tokens * (gradients + (again if how.recompute else 0))
+    layer = max(layer_kept_bytes(shape, adapted, lora.rank, how) for adapted in set(lora.layers))
+    if how.recompute:
+        return tokens * (gradients + layer + (how.itemsize * shape.hidden if how.away else 0))
+    return tokens * (max(gradients + layer, 2 * layer) if how.away else gradients)
 
 
 def activation_bytes(shape: Shape, lora: Lora, tokens: int, how: Pass) -> int:

@@ -1,6 +1,6 @@
 """Where the frozen base lies: the strategies, and which of them a cluster allows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorl.plan.demand import Engine
@@ -19,7 +19,7 @@ class Layout:
     ddp: all of it on each GPU, and the engine reads it there. fsdp, fsdp2: a part on each of `shard` GPUs, gathered
     layer by layer for training, beside a copy that a vLLM has in parts on the same GPUs. shared: vLLM's tensor-parallel
     parts on `shard` GPUs are the trainer's as well. With either, an embedded engine on each GPU reads the trainer's
-    parts. `offload`: the trainer's part lies in host memory.
+    parts. `offload`: the layers of the trainer's part lie in host memory.
     """
 
     strategy: Strategy
@@ -28,8 +28,16 @@ class Layout:
     offload: bool = False
 
     def samples_with(self, engine: Engine) -> bool:
-        """Whether it is a layout for this engine: the embedded one is of one GPU, a vLLM of all that hold its parts."""
+        """Whether it is a layout for this engine: the embedded one is of one GPU, a vLLM of all that hold its parts, of
+        layers that are not streamed."""
+        if self.streamed:
+            return engine == "torch"
         return self.engine == (self.shard if engine == "vllm" else 1)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether each GPU copies all layers from the host, one after the other, for every pass, the engine's too."""
+        return self.strategy == "ddp" and self.offload
 
     @property
     def name(self) -> str:
@@ -50,15 +58,17 @@ def layouts(
 ) -> list[Layout]:
     """All layouts that split the model evenly, simpler ones first; of one strategy, and with or without offload, where
     these are given. A vLLM stays within a node; for the embedded engine a base in parts covers a node or everything.
-    `shard_size`: neither covers another number of GPUs."""
+    `shard_size`: neither covers another number of GPUs. Streamed layers, which the embedded engine waits for with every
+    token, are there only where `offload` is True."""
     ways = tensor_parallel_ways(shape, cluster)
     vllms = [(n, n) for n in ways if n > 1 and shard_size in (None, n)]
     embedded = [(n, 1) for n in sorted({shard_size or cluster.gpus, shard_size or cluster.world}) if n > 1]
-    found = [Layout("ddp"), *(Layout("shared", *spread) for spread in vllms)]
-    for offloaded in (False, True):
-        found += [Layout(kind, *spread, offloaded) for kind in ("fsdp2", "fsdp") for spread in [*vllms, *embedded]]
-        found += [] if offloaded else [Layout("shared", *spread) for spread in embedded]
-    return [one for one in found if strategy in (None, one.strategy) and offload in (None, one.offload)]
+    parts = [Layout(kind, *spread) for kind in ("fsdp2", "fsdp") for spread in [*vllms, *embedded]]
+    found = [Layout("ddp"), *(Layout("shared", *spread) for spread in vllms), *parts]
+    found += [Layout("shared", *spread) for spread in embedded]
+    found += [replace(one, offload=True) for one in (Layout("ddp"), *parts)]
+    offered = [one for one in found if (not one.streamed if offload is None else one.offload is offload)]
+    return [one for one in offered if strategy in (None, one.strategy)]
 
 
 def tensor_parallel_ways(shape: Shape, cluster: Cluster) -> list[int]:

@@ -5,10 +5,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorl.errors import UserError, nearest
 from lorl.plan.shape import Projection, Shape
+
+if TYPE_CHECKING:
+    from lorl.config import AdapterConfig
 
 Targets = str | Sequence[str]
 
@@ -23,6 +26,11 @@ class Lora:
     @property
     def parameters(self) -> int:
         return sum(self.rank * (one.inputs + one.outputs) for layer in self.layers for one in layer)
+
+    @property
+    def tensors(self) -> list[int]:
+        """Parameters of each tensor: A and B of each adapted projection."""
+        return [self.rank * size for layer in self.layers for one in layer for size in (one.inputs, one.outputs)]
 
     def slot_parameters(self, ways: int) -> int:
         """What each of `ways` tensor-parallel ranks holds of it in vLLM: all of A and its own rows of B where a
@@ -56,6 +64,13 @@ def lora_on(shape: Shape, rank: int, targets: Targets, exclude: Targets | None =
     if not any(layers):
         raise UserError(f"adapter.target_modules={targets!r} matches no linear layer; {nearest(str(targets), leaves)}")
     return Lora(rank, layers)
+
+
+def lora_of(shape: Shape, adapter: "AdapterConfig") -> Lora:
+    """The one that a run trains. Raises UserError where it fits nowhere."""
+    if adapter.path:
+        return lora_in(shape, adapter.path)
+    return lora_on(shape, adapter.rank, adapter.target_modules, adapter.exclude_modules)
 
 
 def lora_in(shape: Shape, folder: str, key: str = "adapter.path") -> Lora:

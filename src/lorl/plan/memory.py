@@ -1,17 +1,17 @@
 """Bytes on one GPU and in one node's host memory, by what holds them, while a run samples and while it trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorl.plan import footprint
 from lorl.plan.demand import Demand
 from lorl.plan.hardware import GIB, RESERVE, Cluster
+from lorl.plan.host import host_rows
 from lorl.plan.layout import GATHERED_LAYERS, Layout
 
 CUDA_GRAPHS = 1 * GIB  # vLLM's graphs and their pool; see ENGINE in lorl.plan.measured
-PROCESS_BYTES = 4 * GIB  # of host memory: Python, torch, CUDA and vLLM of one rank; assumed, not measured
-SPARE = 0.8  # share of the free memory that kept activations may take before layers are recomputed (policy.layers)
 
 ACTIVATIONS = "activations of a micro-batch"
+GATHERED = "gathered layers of the base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +67,25 @@ class Memory:
 
 
 def memory(demand: Demand, layout: Layout, cluster: Cluster) -> Memory:
-    """The table of one layout. `demand.recompute="auto"` recomputes where the pass would not fit otherwise."""
+    """The table of one layout. `demand.recompute="auto"` recomputes where activations would not fit the GPU, whether
+    they are to stay there or not: bringing a layer's back over PCIe takes longer than computing them again."""
     if demand.recompute != "auto":
         return _memory(demand, layout, cluster, recompute=demand.recompute)
-    plain = _memory(demand, layout, cluster, recompute=False)
+    plain = _memory(replace(demand, activation_offload=False), layout, cluster, recompute=False)
     held = plain.row(ACTIVATIONS).training
-    crowded = held > SPARE * (plain.capacity - plain.training + held) or not plain.has_cache
-    return _memory(demand, layout, cluster, recompute=True) if crowded else plain
+    crowded = held > footprint.SPARE * (plain.capacity - plain.training + held) or not plain.has_cache
+    return _memory(demand, layout, cluster, recompute=crowded)
 
 
 def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool) -> Memory:
     shape, lora, n = demand.shape, demand.lora, demand.itemsize
     how, tokens = demand.passes_as(recompute=recompute), demand.microbatch(cluster.world)
     base, copy = _base_bytes(demand, layout)
-    kept = footprint.kept_bytes(shape, lora, tokens, how)
-    layer, head, gathered = _worst_moment(demand, layout, tokens, how)
+    worst, decoding = _worst_moment(demand, layout, tokens, how), _gathered_in_decoding(demand, layout)
     learning, adapters = demand.learning, demand.learning + demand.frozen
     masters = adapters * lora.parameters * footprint.MASTER_BYTES
     gradients = learning * lora.parameters * footprint.GRADIENT_BYTES
-    moments = learning * lora.parameters * footprint.ADAMW_BYTES
+    moments = 0 if demand.optimizer_offload else learning * lora.parameters * footprint.ADAMW_BYTES
     vllm = demand.engine == "vllm"
     slots = footprint.slot_bytes(shape, lora, n, demand.slots, layout.engine) if vllm else 0
     engine = _engine_bytes(demand, layout) if vllm else 0
@@ -95,19 +95,18 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool
         Row("engine's own copy of the base", copy, copy),
         Row("adapters, float32 masters", masters, masters),
         Row("gradients", gradients, gradients),
-        Row("optimizer", moments, moments),
+        Row("optimizer", moments, moments + worst.optimizer),
         Row("engine's adapter slots", slots, slots),
         Row("engine's graphs and buffers", engine, engine),
         Row("CUDA, NCCL, fragmentation", reserve, reserve),
     ]
     per_token = footprint.kv_bytes(shape, n, layout.engine)
     smallest = per_token * (demand.longest + footprint.SPARE_TOKENS)
-    training = kept + layer + head + gathered
-    room = cluster.gpu.memory - sum(row.training for row in rows)
+    room = cluster.gpu.memory - sum(row.sampling for row in rows) - decoding
     cache = footprint.kv_cache(
         total=cluster.gpu.memory,
         room=room,
-        training=training,
+        training=worst.total - decoding,
         fraction=demand.memory_fraction,
         smallest=smallest,
         fullest=footprint.fullest_cache(per_token, demand.concurrent, demand.longest),
@@ -115,13 +114,13 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool
     )
     rows += [
         Row("KV cache", cache.wanted, 0 if cache.rests else cache.wanted),
-        Row(ACTIVATIONS, 0, kept + layer),
-        Row("log-probability head's chunks", 0, head),
-        Row("gathered layers of the base", 0, gathered),
+        Row(ACTIVATIONS, 0, worst.activations),
+        Row("log-probability head's chunks", 0, worst.head),
+        Row(GATHERED, decoding, worst.gathered),
     ]
     return Memory(
         rows=tuple(rows),
-        host=_host(demand, layout, cluster),
+        host=host_rows(demand, layout, cluster, how, tokens),
         capacity=cluster.gpu.memory,
         cache=cache,
         smallest_cache=smallest,
@@ -134,28 +133,54 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool
 def _base_bytes(demand: Demand, layout: Layout) -> tuple[int, int]:
     """The trainer's part of the base on a GPU, and the engine's copy where it has one."""
     whole = demand.shape.parameters * demand.itemsize
-    if layout.strategy in ("ddp", "shared"):
+    if layout.strategy in ("ddp", "shared") and not layout.offload:
         return -(-whole // layout.shard), 0
     layers = demand.shape.layers * demand.shape.layer_parameters * demand.itemsize
-    ends = whole - layers  # read out of order, and so whole on each rank (lorl.parallel.sharding)
+    ends = whole - layers  # read out of order, and so whole on each rank (lorl.parallel.sharding, .policy.streaming)
     copy = -(-whole // layout.engine) if demand.engine == "vllm" else 0  # the embedded engine reads the trainer's
     return ends + (0 if layout.offload else -(-layers // layout.shard)), copy
 
 
-def _worst_moment(demand: Demand, layout: Layout, tokens: int, how: footprint.Pass) -> tuple[int, int, int]:
-    """(layer's backward, head's chunks, gathered weights) of the moment at which their sum is largest.
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """What training holds at one time, beyond what is always there."""
 
-    The head and the worst layer are never at work together.
-    """
-    shape, n = demand.shape, demand.itemsize
-    sharded = layout.strategy != "ddp" and (layout.shard > 1 or layout.offload)
-    in_layer = footprint.layer_moment_bytes(shape, demand.lora, tokens, how)
-    in_head = footprint.head_moment_bytes(shape, tokens, how, "cuda")
-    layers = GATHERED_LAYERS * shape.layer_parameters * n if sharded else 0
-    head = shape.embedding_parameters * n if sharded and layout.strategy == "shared" else 0
-    if in_layer + layers >= in_head + head:
-        return in_layer, 0, layers
-    return 0, in_head, head
+    activations: int = 0
+    head: int = 0
+    gathered: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.head + self.gathered + self.optimizer
+
+
+def _worst_moment(demand: Demand, layout: Layout, tokens: int, how: footprint.Pass) -> _Moment:
+    """A layer's backward pass, the head, or a step of an optimizer whose moments have come for it. None of them goes
+    on beside another, and adapters take their steps one by one."""
+    shape = demand.shape
+    kept = footprint.kept_bytes(shape, demand.lora, tokens, how)
+    layer = footprint.layer_moment_bytes(shape, demand.lora, tokens, how)
+    head = footprint.head_moment_bytes(shape, tokens, how, "cuda")
+    layers, weight = _gathered(demand, layout)
+    moments = [_Moment(kept + layer, gathered=layers), _Moment(kept, head, weight)]
+    if demand.optimizer_offload:
+        moments.append(_Moment(optimizer=demand.lora.parameters * footprint.ADAMW_BYTES))
+    return max(moments, key=lambda moment: moment.total)
+
+
+def _gathered(demand: Demand, layout: Layout) -> tuple[int, int]:
+    """What a pass brings to a GPU: while it is in the layers, and for the head."""
+    if not layout.offload and (layout.strategy == "ddp" or layout.shard == 1):
+        return 0, 0
+    layers = GATHERED_LAYERS * demand.shape.layer_parameters * demand.itemsize
+    head = demand.shape.embedding_parameters * demand.itemsize if layout.strategy == "shared" else 0
+    return layers, head
+
+
+def _gathered_in_decoding(demand: Demand, layout: Layout) -> int:
+    """The embedded engine's passes over the base are as the trainer's."""
+    return max(_gathered(demand, layout)) if demand.engine == "torch" else 0
 
 
 def _engine_bytes(demand: Demand, layout: Layout) -> int:
@@ -164,17 +189,3 @@ def _engine_bytes(demand: Demand, layout: Layout) -> int:
     wide = 2 * max(1, shape.ffn // layout.engine) + 4 * shape.hidden + shape.queries // layout.engine
     logits = 3 * 4 * min(demand.concurrent, demand.prompts * demand.samples) * shape.vocabulary
     return CUDA_GRAPHS + demand.engine_tokens * wide * n + logits
-
-
-def _host(demand: Demand, layout: Layout, cluster: Cluster) -> tuple[tuple[str, int], ...]:
-    parameters = (demand.learning + demand.frozen) * demand.lora.parameters
-    layers = demand.shape.layers * demand.shape.layer_parameters * demand.itemsize
-    offloaded = layers * cluster.gpus // layout.shard if layout.offload else 0
-    return (
-        ("processes", cluster.gpus * PROCESS_BYTES),
-        ("offloaded base", offloaded),
-        (
-            "a checkpoint's copy of adapters and optimizer",
-            parameters * (footprint.MASTER_BYTES + footprint.ADAMW_BYTES),
-        ),
-    )

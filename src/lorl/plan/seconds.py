@@ -6,7 +6,7 @@ What is not in them: rewards (they run while the rollout does), evaluation, chec
 import math
 from dataclasses import dataclass
 
-from lorl.plan import footprint, measured
+from lorl.plan import footprint, measured, traffic
 from lorl.plan.demand import Demand
 from lorl.plan.hardware import Cluster
 from lorl.plan.layout import Layout
@@ -30,7 +30,8 @@ class _Cost:
     serial: dict[str, float]
 
     def phase(self, name: str, times: float = 1.0) -> PhaseSeconds:
-        causes = self.overlapping | self.serial
+        both = (self.overlapping, self.serial)
+        causes = {cause: sum(part.get(cause, 0.0) for part in both) for cause in self.overlapping | self.serial}
         seconds = max(self.overlapping.values(), default=0.0) + sum(self.serial.values())
         return PhaseSeconds(name, times * seconds, max(causes, key=lambda cause: causes[cause]) if seconds else "-")
 
@@ -43,9 +44,10 @@ def step_seconds(demand: Demand, layout: Layout, cluster: Cluster, held: Memory)
         phases.append(scoring.phase("log-probabilities", demand.scorings * _passes(demand, cluster)))
     training = _pass(demand, layout, cluster, gradient=True, recompute=held.recompute)
     passes = (demand.epochs + demand.critic_epochs) * _passes(demand, cluster)
-    update = training.phase("update", passes)
-    reduce = demand.minibatches * _reduce_seconds(demand, cluster)
-    phases.append(PhaseSeconds("update", update.seconds + reduce, update.bound if update.seconds > reduce else "links"))
+    steps = _Cost({}, _optimizer_step(demand, cluster))
+    parts = (training.phase("update", passes), steps.phase("update", demand.minibatches))
+    longest = max(parts, key=lambda part: part.seconds)
+    phases.append(PhaseSeconds("update", sum(part.seconds for part in parts), longest.bound))
     phases.append(_publish(demand))
     return tuple(phases)
 
@@ -70,38 +72,71 @@ def _passes(demand: Demand, cluster: Cluster) -> int:
 
 
 def _pass(demand: Demand, layout: Layout, cluster: Cluster, *, gradient: bool, recompute: bool) -> _Cost:
-    """One micro-batch: products, launches from Python and gathers of the base overlap."""
+    """One micro-batch: products, launches from Python, gathers of the base and activations on their way to the host
+    overlap. Ranks that split it wait for what they exchange, and a layer's backward pass for its activations."""
     tokens = demand.packed_tokens / cluster.world / _passes(demand, cluster)
     share = measured.TRAINING_SHARE if gradient else measured.SCORING_SHARE
     operations = tokens * training_operations(demand, gradient=gradient, recompute=recompute)
     python = measured.PASS_SECONDS_A_LAYER * demand.shape.layers * (1 if gradient else 1 / 3)
     causes = {"products": operations / (share * cluster.gpu.flops), "Python": python}
-    return _Cost(causes | _gathers(demand, layout, cluster, times=1 + gradient), {})
+    gathers = _gathers(demand, layout, cluster, gradient=gradient)
+    waits = _exchanges(demand, cluster, tokens, gradient=gradient, recompute=recompute)
+    if gradient and demand.activation_offload:
+        how = demand.passes_as(recompute=recompute)
+        size = footprint.away_bytes(demand.shape, demand.lora, math.ceil(tokens), how)
+        waits["PCIe"] = size / _host_rate(cluster)
+        gathers["PCIe"] = gathers.get("PCIe", 0.0) + waits["PCIe"]
+    return _Cost(causes | gathers, waits)
 
 
-def _gathers(demand: Demand, layout: Layout, cluster: Cluster, *, times: int) -> dict[str, float]:
-    """Bringing the layers of a sharded base together `times` times, and offloaded ones over PCIe."""
-    whole = demand.shape.parameters * demand.itemsize
-    shard = layout.shard
+def _gathers(demand: Demand, layout: Layout, cluster: Cluster, *, gradient: bool) -> dict[str, float]:
+    """Bringing a sharded base together in a pass, and an offloaded one over PCIe."""
+    shape, shard = demand.shape, layout.shard
     found = {}
-    if shard > 1 and layout.strategy != "ddp":
-        rate = measured.LINK_SHARE * cluster.link(shard)
-        found["links"] = times * whole * (shard - 1) / shard / rate
+    if size := traffic.gathered_bytes(shape, demand.itemsize, layout, gradient=gradient):
+        found["links"] = size / _rate(cluster, shard)
     if layout.offload:
-        found["PCIe"] = times * whole / shard / (measured.LINK_SHARE * cluster.gpu.pcie)
+        layers = shape.layers * shape.layer_parameters * demand.itemsize
+        found["PCIe"] = (1 + gradient) * layers / shard / _host_rate(cluster)
     return found
 
 
-def _reduce_seconds(demand: Demand, cluster: Cluster) -> float:
-    """An all-reduce of the adapter's gradients over all ranks: the only gradients that there are."""
-    size, world = demand.learning * demand.lora.parameters * footprint.GRADIENT_BYTES, cluster.world
-    return 2 * size * (world - 1) / world / (measured.LINK_SHARE * cluster.link(world))
+def _exchanges(demand: Demand, cluster: Cluster, tokens: float, *, gradient: bool, recompute: bool) -> dict[str, float]:
+    """What ranks that split a pass send each other; each of them holds `tokens` tokens of it."""
+    ranks = demand.sequence
+    if ranks == 1:
+        return {}
+    how = {"gradient": gradient, "recompute": recompute}
+    size = traffic.exchanged_bytes(demand.shape, demand.itemsize, ranks * tokens, ranks, **how)
+    return {"links": size / _rate(cluster, ranks)}
+
+
+def _optimizer_step(demand: Demand, cluster: Cluster) -> dict[str, float]:
+    """An all-reduce of the adapters' gradients over all ranks, the only gradients that there are; and moments that come
+    from the host and go back."""
+    parameters = demand.learning * demand.lora.parameters
+    reduced = traffic.reduced_bytes(parameters * footprint.GRADIENT_BYTES, cluster.world)
+    found = {"links": reduced / _rate(cluster, cluster.world)}
+    if demand.optimizer_offload:
+        found["PCIe"] = 2 * parameters * footprint.ADAMW_BYTES / _host_rate(cluster)
+    return found
+
+
+def _rate(cluster: Cluster, ranks: int) -> float:
+    """Bytes a second that each of `ranks` neighbours receives."""
+    return measured.LINK_SHARE * cluster.link(ranks)
+
+
+def _host_rate(cluster: Cluster) -> float:
+    """Bytes a second between a GPU and the host, each way."""
+    return measured.LINK_SHARE * cluster.gpu.pcie
 
 
 def _rollout(demand: Demand, layout: Layout, cluster: Cluster, held: Memory) -> _Cost:
     """Each engine's share of the answers, in as many waves as its cache and `max_concurrent` make of them.
 
-    The longest answer is as long as allowed; a step reads the weights once, and the keys of the answers that run."""
+    The longest answer is as long as allowed; a step reads the weights once, and the keys of the answers that run. The
+    embedded engine's steps bring together what the trainer's passes do."""
     shape, gpu, ways = demand.shape, cluster.gpu, layout.engine
     engines = cluster.world // ways
     answers = math.ceil(demand.prompts * demand.samples / engines)
@@ -116,12 +151,16 @@ def _rollout(demand: Demand, layout: Layout, cluster: Cluster, held: Memory) -> 
     operations = 2 * shape.layers * shape.linear_parameters / ways
     products = prompts * operations / (measured.SCORING_SHARE * gpu.flops)
     decoding = answers * demand.response_tokens * operations / (measured.SCORING_SHARE * gpu.flops)
-    serial = {"memory": max(reading, decoding), "host": steps * measured.DECODE_SECONDS, "prefill": products}
+    serial = {"host": steps * measured.DECODE_SECONDS, "prefill": products}
+    overlapping = {"memory": max(reading, decoding)}
+    if demand.engine == "torch":
+        gathers = _gathers(demand, layout, cluster, gradient=False)
+        overlapping |= {cause: steps * seconds for cause, seconds in gathers.items()}
     if ways > 1:
         size = 2 * answers * demand.response_tokens * shape.hidden * demand.itemsize * (ways - 1) / ways
-        moved = size / (measured.LINK_SHARE * cluster.link(ways))
+        moved = size / _rate(cluster, ways)
         serial["links"] = 2 * shape.layers * (steps * measured.COLLECTIVE_SECONDS + moved)
-    return _Cost({}, serial)
+    return _Cost(overlapping, serial)
 
 
 def _publish(demand: Demand) -> PhaseSeconds:

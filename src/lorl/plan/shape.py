@@ -101,8 +101,16 @@ class Shape:
         return sum(one.parameters for one in self.projections)
 
     @property
+    def layer_tensors(self) -> list[tuple[int, int]]:
+        """Rows and columns of each parameter of one layer; a vector is one column."""
+        linear = [(one.outputs, one.inputs) for one in self.projections]
+        vectors = [one.outputs for one in self.projections if one.bias] + [self.hidden] * self.norms
+        vectors += [self.head_dim] * (2 if self.qk_norm else 0)
+        return linear + [(length, 1) for length in vectors]
+
+    @property
     def layer_parameters(self) -> int:
-        return self.linear_parameters + self.norms * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        return sum(rows * columns for rows, columns in self.layer_tensors)
 
     @property
     def embedding_parameters(self) -> int:
@@ -147,12 +155,8 @@ def find_shape(path: str) -> Shape:
     Raises:
         UserError: none of these, with the nearest name.
     """
-    from lorl.policy.fetch import cache_dir
-
-    for folder in (Path(path).expanduser(), cache_dir() / "models" / path):
-        file = folder / "config.json"
-        if file.is_file():
-            return Shape.of(_read(file))
+    if (folder := find_folder(path)) is not None:
+        return Shape.of(_read(folder / "config.json"))
     name = path.rsplit("/", 1)[-1].lower()
     for suffix in ("", "-instruct", "-it", "-base", "-chat"):
         if (known := BUILT_IN.get(name.removesuffix(suffix))) is not None:
@@ -161,6 +165,14 @@ def find_shape(path: str) -> Shape:
         f"model.path={path} is no folder with a config.json, and no model whose shape lorl knows; "
         f"{nearest(name, BUILT_IN)} (a folder that holds nothing but the model's config.json will do)"
     )
+
+
+def find_folder(path: str) -> Path | None:
+    """Where `model.path` lies on this machine, if it does."""
+    from lorl.policy.fetch import cache_dir
+
+    places = (Path(path).expanduser(), cache_dir() / "models" / path)
+    return next((folder for folder in places if (folder / "config.json").is_file()), None)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -17,19 +17,24 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from lorl.plan.footprint import SPARE
 from lorl.policy import activations, lora
 from lorl.policy.attention import ForestAttention
 
 MIN_TOKENS = 512  # shorter passes are not compiled
 _HALF = (torch.bfloat16, torch.float16)
 _VERSIONS = 64  # torch's limit of 8 versions of a layer: fewer than adapters x (training, scoring) can need
-_SPARE = 0.8  # share of the free memory that kept activations may take before layers are recomputed instead
 
 logger = logging.get_logger(__name__)
 
 
 def install(
-    model: PreTrainedModel, *, compiled: bool, recompute: bool | Literal["auto"], offload: bool = False
+    model: PreTrainedModel,
+    *,
+    compiled: bool,
+    recompute: bool | Literal["auto"],
+    offload: bool = False,
+    kept: Callable[[int], int] | None = None,
 ) -> None:
     """Makes every layer of `model`'s decoder run as this module says.
 
@@ -38,16 +43,23 @@ def install(
         recompute: Whether training keeps only each layer's input and computes the layer again in the backward pass
             (gradient checkpointing); "auto": in passes on a GPU whose activations would not fit its free memory.
         offload: Whether what training keeps of a layer goes to host memory.
+        kept: Bytes that a pass over so many tokens keeps where it does not recompute. None: nobody knows, and "auto"
+            recomputes.
     """
     if recompute == "auto" and model.device.type != "cuda":
         recompute = False
     if not (compiled or recompute or offload):
         return
+    if recompute == "auto" and kept is None:
+        name = type(model).__name__
+        logger.warning(
+            f"{name}: nobody knows what its layers keep; model.gradient_checkpointing=auto computes them again"
+        )
     if compiled:
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
     decoder: Any = model.base_model
-    stack = _Stack(model, compiled, recompute, offload)
+    stack = _Stack(compiled, recompute, offload, kept)
     for index, layer in enumerate(decoder.layers):
         layer.forward = _runner(layer, stack, first=index == 0)
 
@@ -56,12 +68,16 @@ class _Stack:
     """What the layers of one decoder have in common."""
 
     def __init__(
-        self, model: PreTrainedModel, compiled: bool, recompute: bool | Literal["auto"], offload: bool
+        self,
+        compiled: bool,
+        recompute: bool | Literal["auto"],
+        offload: bool,
+        kept: Callable[[int], int] | None,
     ) -> None:
         self.compiled = compiled
         self.offload = offload
         self._recompute = recompute
-        self._kept_per_token = _kept_bytes(model.config.get_text_config(), model.dtype.itemsize)
+        self._kept = kept
         self._crowded = False
         self.rounds = False  # every operation's result to the model's precision, as plain operations do
 
@@ -70,7 +86,7 @@ class _Stack:
         if isinstance(self._recompute, bool):
             return self._recompute
         if first:
-            self._crowded = self._kept_per_token * hidden.shape[1] > _SPARE * _free(hidden.device)
+            self._crowded = self._kept is None or self._kept(hidden.shape[1]) > SPARE * _free(hidden.device)
         return self._crowded
 
 
@@ -138,11 +154,6 @@ def _mark_lengths(hidden: Tensor, kwargs: dict[str, Any]) -> None:
     spans = kwargs["layout"].spans
     for tensor in (spans.queries, spans.keys, spans.gathered):
         torch._dynamo.mark_dynamic(tensor, 0)
-
-
-def _kept_bytes(config: Any, width: int) -> int:
-    """About what a token's activations take in all layers, in bytes: ten of the hidden size, three of the inner one."""
-    return int(config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * width)
 
 
 def _free(device: torch.device) -> int:

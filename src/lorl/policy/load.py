@@ -13,6 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import UserError
+from lorl.plan import footprint
+from lorl.plan.lora import lora_of, lora_on
+from lorl.plan.shape import Shape
 from lorl.policy import adapters, attention, layers, lora, shared_memory
 from lorl.policy.fetch import resolve
 from lorl.policy.policy import Policy
@@ -125,10 +128,27 @@ def load_policy(
         compiled=base.device.type == "cuda",
         recompute=model.gradient_checkpointing,
         offload=model.activation_offload,
+        kept=kept_bytes(base, adapter),
     )
     policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED)
     policy.check_packing()
     return policy
+
+
+def kept_bytes(base: PreTrainedModel, adapter: AdapterConfig) -> Callable[[int], int] | None:
+    """What a training pass over so many tokens keeps for its backward half, as the plan counts it. None: the plan does
+    not know such a model."""
+    try:
+        shape = Shape.of(base.config)
+    except UserError:
+        return None
+    try:
+        adapted = lora_of(shape, adapter)
+    except UserError:  # modules outside the layers, the head: inside there are no more than all
+        adapted = lora_on(shape, adapter.rank, "all-linear")
+    itemsize = base.dtype.itemsize
+    how = footprint.Pass(itemsize, eager=itemsize != 2, recompute=False)
+    return lambda tokens: footprint.kept_bytes(shape, adapted, tokens, how)
 
 
 def pick_device(config: ModelConfig) -> torch.device:

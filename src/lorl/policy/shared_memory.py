@@ -34,7 +34,7 @@ def shared(folder: Path) -> Path:
     Raises UserError where there is no room for it.
     """
     root = _own_folder()
-    files = sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
+    files = wanted_files(folder)
     state = [(path.name, (found := path.stat()).st_size, found.st_mtime_ns) for path in files]
     key = hashlib.blake2b(json.dumps([str(folder.resolve()), state]).encode(), digest_size=12).hexdigest()
     copy = root / key
@@ -51,6 +51,11 @@ def shared(folder: Path) -> Path:
             if _is_current(copy.with_suffix(".lock"), lock) and _is_whole(copy):  # removed between the locks?
                 _held[copy] = os.dup(lock)
     return copy
+
+
+def wanted_files(folder: Path) -> list[Path]:
+    """What of `folder` a copy holds."""
+    return sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
 
 
 def sweep(*, but: Path | None = None) -> None:
