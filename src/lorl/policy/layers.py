@@ -2,8 +2,8 @@
 
 All layers share the compiled code. What differs between them (weights, adapters) and between batches (tokens, the
 forest's shape) is input to it; the attention is a call that the compiler does not look into. Decoding, prefill and
-short passes run as they are: compiling would cost more than it saves. Where the engine rounds an adapter's sum twice
-(`lorl.policy.lora`), the compiled code does too.
+short passes run as they are: compiling would cost more than it saves. What is made one operation is rounded between
+its parts as it was before, or young adapters would act otherwise than in the engine (`lorl.policy.lora`).
 """
 
 from collections.abc import Callable
@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lorl.plan.footprint import SPARE
-from lorl.policy import activations, lora
+from lorl.policy import activations
 from lorl.policy.attention import ForestAttention
 
 MIN_TOKENS = 512  # shorter passes are not compiled
+_ROUNDED: dict[str, Any] = {"emulate_precision_casts": True}  # of torch.compile
 _HALF = (torch.bfloat16, torch.float16)
 _VERSIONS = 64  # torch's limit of 8 versions of a layer: fewer than adapters x (training, scoring) can need
 
@@ -79,7 +80,6 @@ class _Stack:
         self._recompute = recompute
         self._kept = kept
         self._crowded = False
-        self.rounds = False  # every operation's result to the model's precision, as plain operations do
 
     def recomputes(self, hidden: Tensor, *, first: bool) -> bool:
         """Whether this pass keeps only the layers' inputs; settled at its first layer."""
@@ -93,7 +93,7 @@ class _Stack:
 def _runner(layer: nn.Module, stack: _Stack, *, first: bool) -> Callable[..., Any]:
     """What takes the place of `layer.forward`."""
     plain = layer.forward
-    compiled = {rounds: _compiled(plain, rounds) for rounds in (False, True)} if stack.compiled else {}
+    compiled = torch.compile(plain, fullgraph=True, options=_ROUNDED) if stack.compiled else plain
     dynamo: Any = torch._dynamo if stack.compiled else None
 
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -102,9 +102,8 @@ def _runner(layer: nn.Module, stack: _Stack, *, first: bool) -> Callable[..., An
         torch._dynamo.mark_dynamic(hidden, 1)
         if first:
             _mark_lengths(hidden, kwargs)
-            stack.rounds = lora.rounds_base_first(layer)
         try:
-            return compiled[stack.rounds](hidden, *args, **kwargs)
+            return compiled(hidden, *args, **kwargs)
         except dynamo.exc.TorchDynamoException as error:
             stack.compiled = False
             reason = str(error).strip().split("\n", 1)[0][:200]
@@ -126,11 +125,6 @@ def _runner(layer: nn.Module, stack: _Stack, *, first: bool) -> Callable[..., An
         return activations.on_host(hidden.shape[1], (*layer.parameters(), *given))
 
     return forward
-
-
-def _compiled(plain: Callable[..., Any], rounds: bool) -> Callable[..., Any]:
-    """`plain`, compiled; `rounds`: what operations that are made one would have rounded between them is rounded."""
-    return torch.compile(plain, fullgraph=True, options={"emulate_precision_casts": True} if rounds else None)
 
 
 def _worth_compiling(hidden: Tensor, layout: object) -> bool:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Forest
-from lorl.policy import adapters, attention, lora
+from lorl.policy import adapters, attention
 from lorl.policy.checksums import checksum, fingerprint
 from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logits, linear_logprobs
 
@@ -112,10 +112,6 @@ class Policy:
         tokenizer: Any = self.tokenizer
         ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
         return frozenset(token for token in ids if token is not None)
-
-    def round_base_first(self, on: bool) -> None:
-        """Whether adapters are added as vLLM's kernels add them (`lorl.policy.lora`). Of no effect in float32."""
-        lora.round_base_first(self._peft, on)
 
     def hidden(self, layout: attention.Layout, tokens: Tensor, positions: Tensor, *, adapter: str | None) -> Tensor:
         """Last hidden states [T, d] of tokens [T] at positions [T], attending as `layout` says."""

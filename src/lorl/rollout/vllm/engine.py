@@ -49,6 +49,7 @@ class VllmEngine:
     """`Engine` over a running vLLM whose base is the policy's.
 
     Attributes:
+        folds: whether rollouts of an adapter add it into the base (`policy.fold`) instead of using its slot.
         publish_times: of the last publish.
     """
 
@@ -172,17 +173,6 @@ class VllmEngine:
         # Adapter slots and CUDA graphs go with them: an engine may be built in their place.
         del self._inside, self._sampler
         gc.collect()
-
-    @property
-    def folds(self) -> bool:
-        """Whether rollouts of an adapter add it into the base (`policy.fold`) instead of using its slot. The trainer
-        rounds as the one or the other does."""
-        return self._folds
-
-    @folds.setter
-    def folds(self, folds: bool) -> None:
-        self._folds = folds
-        self._policy.round_base_first(not folds)
 
     @property
     def proof(self) -> PublishProof:
