@@ -54,6 +54,7 @@ def words(args: argparse.Namespace, folder: Path, name: str) -> list[str]:
         f"{ROLLOUT}.n={args.samples}", f"{ROLLOUT}.ignore_eos=True", f"{ROLLOUT}.enforce_eager={args.eager}",
         f"trainer.total_training_steps={args.steps}", "trainer.val_before_train=False", "+lorl.data.val=null",
         f"+lorl.parallel.strategy={RUNS[name]}", "+lorl.rollout.engine=vllm", "+lorl.rollout.adapter_mode=adapter",
+        "+lorl.rollout.max_mismatch=1",  # many layers of random weights amplify what bfloat16 rounds
         f"+lorl.run.dir={folder}", f"+lorl.run.name={name}", *args.words,
     ]  # fmt: skip
     given = {word.partition("=")[0] for word in own}
