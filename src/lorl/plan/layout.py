@@ -58,9 +58,12 @@ def layouts(
 ) -> list[Layout]:
     """All layouts that split the model evenly, simpler ones first; of one strategy, and with or without offload, where
     these are given. A vLLM stays within a node; for the embedded engine a base in parts covers a node or everything.
-    `shard_size`: neither covers another number of GPUs. Streamed layers, which the embedded engine waits for with every
+    `shard_size`: neither covers another number of GPUs; with a `strategy`, None means all of them, as it does in a run.
+    Streamed layers, which the embedded engine waits for with every
     token, are there only where `offload` is True."""
     ways = tensor_parallel_ways(shape, cluster)
+    if strategy is not None and shard_size is None:
+        shard_size = cluster.world  # what a run does whose strategy is named
     vllms = [(n, n) for n in ways if n > 1 and shard_size in (None, n)]
     embedded = [(n, 1) for n in sorted({shard_size or cluster.gpus, shard_size or cluster.world}) if n > 1]
     parts = [Layout(kind, *spread) for kind in ("fsdp2", "fsdp") for spread in [*vllms, *embedded]]
