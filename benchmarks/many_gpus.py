@@ -36,6 +36,7 @@ from scaling import REFERENCE
 
 COLUMNS = {
     "step s": "time/step_s", "rollout": "time/rollout_s", "update": "time/update_s", "publish": "time/publish_s",
+    "its copy": "time/publish_copy_s",
     "rollout tok/s": "throughput/rollout_tokens_per_s", "peak GiB": "memory/peak_gib", "mismatch": "rollout/mismatch",
 }  # fmt: skip
 RUNS = {"one": "auto", "ddp": "ddp", "shared": "shared", "fsdp2": "fsdp2"}  # parallel.strategy

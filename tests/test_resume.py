@@ -87,12 +87,13 @@ EARLY = ("run folder", "reading prompts ...", "reading prompts: done", "loading"
 
 def moments(whole: Uninterrupted, count: int) -> Iterator[tuple[str, float]]:
     """`count` moments over a run: when it has said these words, and so many seconds later. A quarter of them lie
-    before the first step; the others are spread over the steps and fall at different points of them."""
+    before the first step; the others are spread over the steps but the last, which a kill might come too late for, and
+    fall at different points of them."""
     early = count // 4
     for i in range(early):
         yield EARLY[i * len(EARLY) // early], 0.0
     for i in range(count - early):
-        steps = 1 + i * (STEPS - 2) // (count - early - 1)
+        steps = 1 + i * (STEPS - 3) // (count - early - 1)
         yield f"step {steps}/{STEPS}", whole.step_s * ((i * 0.38) % 1.0)
 
 

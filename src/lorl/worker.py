@@ -42,6 +42,7 @@ class Worker:
         # The others of an engine that several ranks run wait inside it for one that failed: it cannot be rebuilt alone.
         self._rollouts = Rollouts(engine, config.rollout.retries if ranks_per_engine(config) == 1 else 0)
         self._version = 0
+        self._publish_s = 0.0
         objective = Objective.of(config)
         if config.algorithm.kl_coef > 0 and objective.kl.needs_logits and not policy.plain_head:
             raise UserError(
@@ -74,7 +75,7 @@ class Worker:
                 f"the ranks' adapters differ after version {self._version - 1}: their checksums are {', '.join(held)}; "
                 "ranks of one run need the same hardware and software"
             )
-        self._rollouts.publish(TRAINED, self._version, checksum)
+        self._publish_s = self._rollouts.publish(TRAINED, self._version, checksum)
         self._group.drain()  # a proof makes more passes where a distance is measured again
         return self._version
 
@@ -143,6 +144,7 @@ class Worker:
         report.trained_tokens = sum(tokens)
         if any(peaks):
             report.metrics["memory/peak_gib"] = max(peaks)
+        report.metrics["time/publish_copy_s"] = self._publish_s  # of the version that the step's answers came from
         if rebuilt := sum(rebuilt):
             report.metrics["rollout/engine_restarts"] = float(rebuilt)
         return report

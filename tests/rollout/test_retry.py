@@ -38,9 +38,9 @@ class FailingEngine(TorchEngine):
         self.rebuilds = 0
         self.calls: list[int] = []  # samples asked for
 
-    def publish(self, name: str, version: int, checksum: str) -> None:
+    def publish(self, name: str, version: int, checksum: str) -> float:
         assert not self.broken
-        super().publish(name, version, checksum)
+        return super().publish(name, version, checksum)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None) -> Iterator[Completion]:
         assert not self.broken
@@ -162,11 +162,11 @@ class UnwillingEngine(FailingEngine):
 
     left = 0
 
-    def publish(self, name: str, version: int, checksum: str) -> None:
+    def publish(self, name: str, version: int, checksum: str) -> float:
         if self.left:
             self.left -= 1
             raise RuntimeError("no slot")
-        super().publish(name, version, checksum)
+        return super().publish(name, version, checksum)
 
 
 def test_a_publish_that_fails_is_tried_again_on_a_fresh_engine(policy: Policy):

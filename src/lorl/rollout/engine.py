@@ -36,9 +36,10 @@ class Request:
 class Engine(Protocol):
     """Samples from the base or from a published adapter."""
 
-    def publish(self, name: str, version: int, checksum: str) -> None:
+    def publish(self, name: str, version: int, checksum: str) -> float:
         """Makes adapter `name` as it is now available as `version`. `checksum` is the trainer's of what it holds;
-        an engine that ends up with anything else raises InfrastructureError."""
+        an engine that ends up with anything else raises InfrastructureError. Returns the seconds that it took before
+        the proof of it."""
         ...
 
     def generate(

@@ -26,16 +26,18 @@ class Rollouts:
         self._published: dict[str, tuple[int, str]] = {}  # name -> newest version, its checksum
         self._rebuilt = 0
 
-    def publish(self, name: str, version: int, checksum: str) -> None:
-        """`Engine.publish`."""
+    def publish(self, name: str, version: int, checksum: str) -> float:
+        """`Engine.publish`; 0 seconds where a rebuilt engine got it with all others."""
         self._published[name] = (version, checksum)
+        seconds = 0.0
         attempts = _Attempts(self._retries)
         while not attempts.succeeded:
             with attempts:
                 if attempts.failures:
                     self._rebuild()  # publishes
                 else:
-                    self._engine.publish(name, version, checksum)
+                    seconds = self._engine.publish(name, version, checksum)
+        return seconds
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None

@@ -50,13 +50,14 @@ class TorchEngine:
         self._cache_tokens = int((memory_fraction or 0.4) * _device_memory(policy.device) / _bytes_per_token(policy))
         self._published: dict[str, tuple[int, str]] = {}
 
-    def publish(self, name: str, version: int, checksum: str) -> None:
+    def publish(self, name: str, version: int, checksum: str) -> float:
         held = self._policy.checksum(name)
         if held != checksum:
             raise InfrastructureError(
                 f"adapter {name!r} version {version}: the engine holds {held}, the trainer published {checksum}"
             )
         self._published[name] = (version, checksum)
+        return 0.0  # it reads the trainer's own tensors
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None

@@ -82,7 +82,7 @@ class VllmEngine:
         self._adopt(inside)
         self._proof = PublishProof(self, policy, prompt_tokens=inside.block_size + 4)
 
-    def publish(self, name: str, version: int, checksum: str) -> None:
+    def publish(self, name: str, version: int, checksum: str) -> float:
         clock = _Clock(self._policy.device)
         masters, before = self._policy.parameters(name), self._published.get(name)
         if before is None or any(
@@ -106,6 +106,7 @@ class VllmEngine:
         compared = clock.lap()
         self._proof.check(name, version)
         self.publish_times = PublishTimes(gather, copy, activate, compared, clock.lap())
+        return gather + copy + activate
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
