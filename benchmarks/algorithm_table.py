@@ -64,8 +64,7 @@ steps, float32, learning rate 5e-4, one seed (`tests/slow`). The column is the m
 of the last three; a step's mean is over 128 samples, so a difference of 0.1 between two algorithms says little. Policy
 losses and corrections take two updates a step. Curves, settings and machines are in
 [`data/algorithm_curves.json`](data/algorithm_curves.json): an H100 with up to 12 runs at a time, or two shared cores.
-"Steps seen" and "not run" are what the time on that machine was not enough for, and presets that only combine others;
-`python benchmarks/algorithm_curves.py NAME` runs one.
+"Steps seen" is what the time on that machine was not enough for; `python benchmarks/algorithm_curves.py NAME` runs one.
 
 ![reward curves](images/algorithm_curves.svg)
 
@@ -78,7 +77,12 @@ What was learned from them:
   without. Put the KL in the loss, or use `reinforce_plus_plus`, whose paper puts it in the reward.
 - `grpo_passk` learns more slowly than most: only a group with one best answer moves it.
 - The engine that samples here is the trainer's own, and its log-probabilities agree to 2e-6: the corrections' weights
-  are 1 and nothing is rejected, so the decoupled presets' curves, as far as they were run, are that of `ppo_clip`."""
+  are 1 and nothing is rejected, so the decoupled presets' curves are that of `ppo_clip`. With bypass the current policy is
+  compared with the engine's, and from the second update of a step on it has moved.
+- `bypass_ppo_clip_k3_rs` did not learn here, and is the only one that got worse: the second update of step 1 left out
+  38% of the tokens, those of the answers that had moved most, and by step 3 the policy was sure of one order
+  (perplexity 1.007): groups of equal rewards, no gradient. A step that moves answers by more than the preset's 0.01 is
+  too long for it."""
 
 
 @dataclass(frozen=True, slots=True)
