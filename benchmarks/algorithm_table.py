@@ -77,8 +77,8 @@ What was learned from them:
   without. Put the KL in the loss, or use `reinforce_plus_plus`, whose paper puts it in the reward.
 - `grpo_passk` learns more slowly than most: only a group with one best answer moves it.
 - The engine that samples here is the trainer's own, and its log-probabilities agree to 2e-6: the corrections' weights
-  are 1 and nothing is rejected, so the decoupled presets' curves are that of `ppo_clip`. With bypass the current policy is
-  compared with the engine's, and from the second update of a step on it has moved.
+  are 1 and nothing is rejected, so the decoupled presets' curves are that of `ppo_clip`. With bypass the current
+  policy is compared with the engine's, and from the second update of a step on it has moved.
 - `bypass_ppo_clip_k3_rs` did not learn here, and is the only one that got worse: the second update of step 1 left out
   38% of the tokens, those of the answers that had moved most, and by step 3 the policy was sure of one order
   (perplexity 1.007): groups of equal rewards, no gradient. A step that moves answers by more than the preset's 0.01 is
