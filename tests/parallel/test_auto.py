@@ -131,7 +131,10 @@ def test_a_model_that_the_plan_does_not_know_runs_all_the_same(folder_of: Callab
     (folder / "config.json").write_text(text)
     settled, why = settle(run_on(folder), [H100] * 8)
     assert settled.parallel.strategy == "ddp"
-    assert "ddp, unplanned: model_type=qwen2_moe is a mixture of experts" in why
+    assert "ddp with torch, unplanned: model_type=qwen2_moe is a mixture of experts" in why
+    settled, why = settle(run_on(folder, "rollout.engine=vllm"), [H100] * 8)
+    assert settled.rollout.engine == "vllm", "an engine that was asked for is not exchanged"
+    assert "ddp with vllm, unplanned" in why
 
 
 def test_an_engine_of_one_rank_is_not_laid_over_many() -> None:

@@ -57,7 +57,8 @@ def settle(config: RunConfig, devices: Sequence[Device]) -> tuple[RunConfig, str
     try:
         demand = _demand(config, smallest)
     except UserError as error:  # a run that the plan has no formulas for is still a run
-        return _with(config, Layout("ddp"), "torch"), f"parallel.strategy=auto: ddp, unplanned: {error}"
+        engine: Engine = "vllm" if config.rollout.engine == "vllm" else "torch"
+        return _with(config, Layout("ddp"), engine), f"parallel.strategy=auto: ddp with {engine}, unplanned: {error}"
     parallel = config.parallel
     cluster = Cluster(described_gpu(smallest.gpu, smallest.memory), parallel.gpus, parallel.nodes)
     engines = _engines_here(smallest)
