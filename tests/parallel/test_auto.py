@@ -102,6 +102,17 @@ def test_a_base_that_is_to_lie_in_host_memory_is_planned_there(folder_of: Callab
     assert "offloaded, planned at" in why, "fsdp's parts come over PCIe once, where ddp's come to each GPU"
 
 
+def test_vllm_beside_a_base_on_the_host_is_found_where_it_can_be(folder_of: Callable[[str], Path]) -> None:
+    folder, keys = folder_of("qwen2.5-7b"), ("parallel.param_offload=true", "rollout.engine=vllm")
+    config = run_on(folder, *keys, "parallel.gpus=4")
+    start.check_combination(config)
+    settled, _ = settle(config, [H100] * 4)
+    assert settled.parallel.strategy in ("fsdp", "fsdp2")
+    assert settled.rollout.engine == "vllm"
+    with pytest.raises(UserError, match=r"rollout\.engine=vllm reads the base on the device"):
+        settle(run_on(folder, *keys, "parallel.gpus=3"), [H100] * 3)  # which cannot share 28 heads
+
+
 def test_a_cpu_process_has_no_other_memory_to_put_anything_in(folder_of: Callable[[str], Path]) -> None:
     keys = ("parallel.gpus=2", "parallel.microbatch_tokens=2048")
     offloads = ("parallel.param_offload=true", "parallel.optimizer_offload=true", "model.activation_offload=true")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lorl.plan.choose import Plan, choose, make_plan, smallest_change
 from lorl.plan.demand import Demand, Engine, demand_of
 from lorl.plan.hardware import GIB, GPUS, Cluster
-from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts
+from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts, vllm_sizes
 from lorl.plan.memory import ACTIVATIONS
 from lorl.settings import load
 
@@ -237,3 +237,22 @@ def test_the_objective_decides_which_passes_there_are() -> None:
 
 def test_a_lone_gpu_has_nobody_to_share_with() -> None:
     assert choose(run_of("model.path=qwen2.5-7b"), ONE, "shared") is None
+
+
+def test_a_named_strategy_spreads_over_nodes_as_its_run_does() -> None:
+    nodes = Cluster(EIGHT.gpu, 8, nodes=2)
+    big = run_of("model.path=qwen2.5-72b", "rollout.engine=vllm")
+    named = choose(big, nodes, "fsdp2", False)
+    assert named is not None
+    assert named.layout == Layout("fsdp2", 16, 16)
+    change = smallest_change(big, nodes, "ddp", False)
+    assert change is not None
+    assert change.settings == ("parallel.strategy=fsdp2",)
+    assert choose(run_of("model.path=qwen2.5-7b"), nodes, "fsdp2", False) is None, "16 ranks cannot share 28 heads"
+
+
+def test_what_vllm_cannot_deal_out_is_no_layout() -> None:
+    shape = replace(run_of("model.path=qwen2.5-7b").shape, heads=12, kv_heads=3, ffn=1536, vocabulary=49_152)
+    assert vllm_sizes(shape, replace(EIGHT, gpus=4)) == [1], "neither 2 nor 4 ranks share 3 heads of keys"
+    assert vllm_sizes(shape, replace(EIGHT, gpus=6)) == [1, 3, 6]
+    assert vllm_sizes(replace(shape, vocabulary=151_936), replace(EIGHT, gpus=6)) == [1], "rows of its vocabulary"

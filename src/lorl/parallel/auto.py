@@ -65,12 +65,20 @@ def settle(config: RunConfig, devices: Sequence[Device]) -> tuple[RunConfig, str
     about = ABOUT if smallest.gpu else math.inf  # the plan knows no CPU's seconds
     offload = None if smallest.gpu else False  # a CPU process has no other memory to go to
     plan = choose(demand, cluster, offload=offload, engine_on=engine_on(config, engines), about=about)
-    assert plan is not None, "ddp is always a layout"
+    if plan is None:  # why the simplest layout does not start is what the user has to know
+        check_combination(_with(config, Layout("ddp"), "vllm" if config.rollout.engine == "vllm" else "torch"))
+        raise AssertionError("ddp is a layout that starts, and was not chosen")
     settled = _with(config, plan.layout, plan.demand.engine)
     why = f"parallel.strategy=auto: {_why(plan, smallest)}"
     if smallest.gpu and config.rollout.engine == "auto":
         why += f"; rollout.engine=auto: {plan.demand.engine}"
     return settled, why
+
+
+def plannable(config: RunConfig) -> Callable[[Layout], Engine | None]:
+    """`engine_on`, for `lorl plan`. Raises UserError where the run is refused whatever the layout."""
+    check_combination(config)
+    return engine_on(config)
 
 
 def engine_on(config: RunConfig, engines: Sequence[Engine] = PLANNED) -> Callable[[Layout], Engine | None]:
