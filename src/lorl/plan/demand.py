@@ -105,15 +105,15 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         notes.append("DoRA's magnitudes and what they keep are not counted")
     adapter, algorithm, objective = config.adapter, config.algorithm, Objective.of(config)
     has_reference = algorithm.kl_coef > 0
-    anchored = has_reference and adapter.path is not None and algorithm.reference == "start"
+    learning, frozen = adapter_counts(config)
     prompts, samples = config.data.prompts_per_step, config.rollout.n
     mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
     demand = Demand(
         shape=shape,
         lora=lora_of(shape, adapter),
         itemsize=4 if config.model.dtype == "float32" else 2,
-        learning=1 + objective.needs_critic,
-        frozen=anchored + (config.reward_model.path is not None),
+        learning=learning,
+        frozen=frozen,
         prompts=prompts,
         samples=samples,
         prompt_tokens=max(1, int(config.data.max_prompt_tokens * MEAN_LENGTH)),
@@ -148,6 +148,15 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
     if demand.engine == "torch":
         notes.append("the rollout's seconds are vLLM's; rollout.engine=torch is not built for GPUs")
     return demand, notes
+
+
+def adapter_counts(config: "RunConfig") -> tuple[int, int]:
+    """Adapters that learn (the policy, a critic), and those that do not (a reference, a reward model)."""
+    from lorl.objective import Objective
+
+    algorithm = config.algorithm
+    anchored = algorithm.kl_coef > 0 and config.adapter.path is not None and algorithm.reference == "start"
+    return 1 + Objective.of(config).needs_critic, anchored + (config.reward_model.path is not None)
 
 
 def _shm_files(model: "ModelConfig", shape: Shape, notes: list[str]) -> int:
