@@ -160,6 +160,19 @@ def test_a_vllm_beside_the_trainers_parts_is_of_all_ranks_that_hold_them() -> No
     assert engine(Layout("fsdp2", 4, 2)) is engine(Layout("fsdp2", 4, 1)) is None
 
 
+def test_vllm_samples_no_float32_base_in_parts_on_gpus(folder_of: Callable[[str], Path]) -> None:
+    config = load(None, ["rollout.engine=auto", "parallel.gpus=4", "model.dtype=float32"])
+    gpus, processes = auto.engine_on(config), auto.engine_on(config, on_gpus=False)
+    assert (gpus(Layout("ddp")), gpus(Layout("shared", 4, 4))) == ("vllm", None), "whole weights are folded"
+    assert gpus(Layout("shared", 4)) == "torch"
+    assert processes(Layout("shared", 4, 4)) == "vllm"
+    keys = ("rollout.engine=vllm", "rollout.adapter_mode=adapter", "model.dtype=float32")
+    nowhere = run_on(folder_of("qwen2.5-1.5b"), *keys)
+    for refused in (lambda: settle(nowhere, [H100] * 8), lambda: auto.plannable(nowhere)):
+        with pytest.raises(UserError, match=r"model\.dtype=float32.*rollout\.adapter_mode=fold"):
+            refused()
+
+
 def test_a_run_tells_what_was_chosen(forks: Forks, tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     argv = small_run(tmp_path, tiny_model, "trainer.total_steps=1", "parallel.gpus=2")
