@@ -223,6 +223,12 @@ def test_ranks_that_split_a_pass_wait_for_what_they_send_each_other() -> None:
     assert seconds["rollout"] == next(phase.seconds for phase in fast if phase.phase == "rollout")
 
 
+def test_ranks_that_split_a_pass_sample_with_the_embedded_engine() -> None:
+    """Under a named strategy too: the plan is of the engine that the run takes."""
+    plan = chosen(run_of("model.path=qwen2.5-7b", "parallel.sequence=2"), EIGHT, "fsdp2")
+    assert (plan.demand.engine, plan.layout) == ("torch", Layout("fsdp2", 8))
+
+
 def test_the_objective_decides_which_passes_there_are() -> None:
     on_policy = run_of("model.path=qwen2.5-7b")
     assert on_policy.scorings == 0

@@ -128,7 +128,7 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         microbatch_tokens=config.parallel.microbatch_tokens,
         sequence=config.parallel.sequence,
         recompute=config.model.gradient_checkpointing,
-        engine="torch" if config.rollout.engine == "torch" else "vllm",
+        engine=_engine(config),
         concurrent=config.rollout.max_concurrent,
         engine_tokens=config.rollout.max_batched_tokens or max(ENGINE_TOKENS, config.rollout.max_concurrent),
         slots=config.rollout.adapter_slots,
@@ -146,8 +146,14 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         f"answers {demand.response_tokens}, {lengths}"
     )
     if demand.engine == "torch":
-        notes.append("the rollout's seconds are vLLM's; rollout.engine=torch is not built for GPUs")
+        notes.append("the rollout's seconds are vLLM's; the embedded engine, which samples, is not built for GPUs")
     return demand, notes
+
+
+def _engine(config: "RunConfig") -> Engine:
+    """The one that `auto` takes on GPUs where there is a layout for it."""
+    splits = config.rollout.engine == "auto" and config.parallel.sequence > 1
+    return "torch" if splits or config.rollout.engine == "torch" else "vllm"
 
 
 def adapter_counts(config: "RunConfig") -> tuple[int, int]:
