@@ -42,6 +42,17 @@ def test_auto_prints_the_layout_that_the_run_takes(forks: Forks, tmp_path: Path)
     assert parts["shard"] == 4
 
 
+def test_it_is_said_where_vllm_has_no_layout(forks: Forks, tmp_path: Path) -> None:
+    """Three GPUs cannot share 64 heads, and the base is too large for one."""
+    result = forks.run("plan", "model.path=qwen2.5-72b", "--gpus", "3", "--json", cwd=tmp_path)
+    found = json.loads(result.out)
+    assert (found["engine"], found["engine_gpus"], found["shard"]) == ("torch", 1, 3)
+    assert "the embedded engine samples: with vLLM no layout fits" in found["assumed"]
+    vllm = json.loads(forks.run("plan", "model.path=qwen2.5-72b", *EIGHT, "--json", cwd=tmp_path).out)
+    assert vllm["engine"] == "vllm"
+    assert not any("embedded" in note for note in vllm["assumed"])
+
+
 def test_the_tables_say_what_holds_memory_where_time_goes_and_whether_it_fits(forks: Forks, tmp_path: Path) -> None:
     result = forks.run("plan", "model.path=qwen2.5-7b", "algorithm.kl_coef=0.01", "--gpus", "2", cwd=tmp_path)
     assert result.code == 0, result.err

@@ -45,8 +45,9 @@ def run(
     if plan is None:
         raise UserError(_nowhere(config, wanted, demand, cluster))
     change = None if plan.fits else smallest_change(demand, cluster, wanted, offload, startable)
-    if plan.layout.streamed and demand.engine != "torch":
-        notes.append("the embedded engine samples: with parallel.param_offload=true vLLM has no base to read")
+    if plan.demand.engine != demand.engine:
+        why = "with parallel.param_offload=true vLLM has no base to read"
+        notes.append(f"the embedded engine samples: {why if plan.layout.streamed else 'with vLLM no layout fits'}")
     notes.append(_utilisation(cluster))
     if as_json:
         sys.stdout.write(json.dumps(as_dict(plan, change, notes)) + "\n")
