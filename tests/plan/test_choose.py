@@ -257,6 +257,16 @@ def test_a_named_strategy_spreads_over_nodes_as_its_run_does() -> None:
     assert choose(run_of("model.path=qwen2.5-7b"), nodes, "fsdp2", False) is None, "16 ranks cannot share 28 heads"
 
 
+def test_a_base_is_spread_over_as_many_gpus_as_one_vllm_can_be_of() -> None:
+    """28 heads are no 8 equal shares, and a run that names its strategy alone spreads over all 8."""
+    demand, small = run_of("model.path=qwen2.5-7b"), replace(EIGHT, gpu=replace(EIGHT.gpu, memory=18 * GIB))
+    change = smallest_change(demand, small, "ddp", False)
+    assert change is not None
+    assert change.settings == ("parallel.strategy=fsdp2", "parallel.shard_size=4")
+    assert change.plan.layout == Layout("fsdp2", 4, 4)
+    assert change.plan.fits
+
+
 def test_what_vllm_cannot_deal_out_is_no_layout() -> None:
     shape = replace(run_of("model.path=qwen2.5-7b").shape, heads=12, kv_heads=3, ffn=1536, vocabulary=49_152)
     assert vllm_sizes(shape, replace(EIGHT, gpus=4)) == [1], "neither 2 nor 4 ranks share 3 heads of keys"
