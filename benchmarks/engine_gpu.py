@@ -84,8 +84,8 @@ def model_keys(args: argparse.Namespace, folder: Path) -> list[str]:
     if args.model:
         return [f"model.path='{args.model}'"]
     # Many layers of random weights amplify what bfloat16 rounds: 0.11 nats at the 32B shape, before any step.
-    free = "rollout.max_mismatch=1"
-    return [f"model.path='{model_folder(args.shape, folder / 'model')}'", "model.random_weights=true", free]
+    bound = "rollout.max_mismatch=1"
+    return [f"model.path='{model_folder(args.shape, folder / 'model')}'", "model.random_weights=true", bound]
 
 
 @torch.no_grad()

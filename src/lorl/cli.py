@@ -166,7 +166,7 @@ def plan(
     from lorl import settings
 
     config = settings.load(*_split(words))
-    from lorl.parallel.auto import engine_on
+    from lorl.parallel.auto import plannable
     from lorl.plan.command import run
 
     code = run(
@@ -177,7 +177,7 @@ def plan(
         bandwidths=bandwidth or [],
         strategy=strategy,
         as_json=as_json,
-        engine_on=engine_on,
+        engine_on=plannable,
     )
     if code:
         raise typer.Exit(code)

@@ -102,6 +102,17 @@ def test_a_base_that_is_to_lie_in_host_memory_is_planned_there(folder_of: Callab
     assert "offloaded, planned at" in why, "fsdp's parts come over PCIe once, where ddp's come to each GPU"
 
 
+def test_vllm_beside_a_base_on_the_host_is_found_where_it_can_be(folder_of: Callable[[str], Path]) -> None:
+    folder, keys = folder_of("qwen2.5-7b"), ("parallel.param_offload=true", "rollout.engine=vllm")
+    config = run_on(folder, *keys, "parallel.gpus=4")
+    start.check_combination(config)
+    settled, _ = settle(config, [H100] * 4)
+    assert settled.parallel.strategy in ("fsdp", "fsdp2")
+    assert settled.rollout.engine == "vllm"
+    with pytest.raises(UserError, match=r"rollout\.engine=vllm reads the base on the device"):
+        settle(run_on(folder, *keys, "parallel.gpus=3"), [H100] * 3)  # which cannot share 28 heads
+
+
 def test_a_cpu_process_has_no_other_memory_to_put_anything_in(folder_of: Callable[[str], Path]) -> None:
     keys = ("parallel.gpus=2", "parallel.microbatch_tokens=2048")
     offloads = ("parallel.param_offload=true", "parallel.optimizer_offload=true", "model.activation_offload=true")
@@ -131,7 +142,10 @@ def test_a_model_that_the_plan_does_not_know_runs_all_the_same(folder_of: Callab
     (folder / "config.json").write_text(text)
     settled, why = settle(run_on(folder), [H100] * 8)
     assert settled.parallel.strategy == "ddp"
-    assert "ddp, unplanned: model_type=qwen2_moe is a mixture of experts" in why
+    assert "ddp with torch, unplanned: model_type=qwen2_moe is a mixture of experts" in why
+    settled, why = settle(run_on(folder, "rollout.engine=vllm"), [H100] * 8)
+    assert settled.rollout.engine == "vllm", "an engine that was asked for is not exchanged"
+    assert "ddp with vllm, unplanned" in why
 
 
 def test_an_engine_of_one_rank_is_not_laid_over_many() -> None:
@@ -144,6 +158,19 @@ def test_a_vllm_beside_the_trainers_parts_is_of_all_ranks_that_hold_them() -> No
     engine = auto.engine_on(load(None, ["rollout.engine=vllm", "parallel.gpus=4"]))
     assert engine(Layout("fsdp2", 4, 4)) == engine(Layout("fsdp", 4, 4, offload=True)) == "vllm"
     assert engine(Layout("fsdp2", 4, 2)) is engine(Layout("fsdp2", 4, 1)) is None
+
+
+def test_vllm_samples_no_float32_base_in_parts_on_gpus(folder_of: Callable[[str], Path]) -> None:
+    config = load(None, ["rollout.engine=auto", "parallel.gpus=4", "model.dtype=float32"])
+    gpus, processes = auto.engine_on(config), auto.engine_on(config, on_gpus=False)
+    assert (gpus(Layout("ddp")), gpus(Layout("shared", 4, 4))) == ("vllm", None), "whole weights are folded"
+    assert gpus(Layout("shared", 4)) == "torch"
+    assert processes(Layout("shared", 4, 4)) == "vllm"
+    keys = ("rollout.engine=vllm", "rollout.adapter_mode=adapter", "model.dtype=float32")
+    nowhere = run_on(folder_of("qwen2.5-1.5b"), *keys)
+    for refused in (lambda: settle(nowhere, [H100] * 8), lambda: auto.plannable(nowhere)):
+        with pytest.raises(UserError, match=r"model\.dtype=float32.*rollout\.adapter_mode=fold"):
+            refused()
 
 
 def test_a_run_tells_what_was_chosen(forks: Forks, tiny_model: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_an_offloaded_run_is_the_run_byte_for_byte(
 
 @pytest.mark.parametrize(
     ("key", "words"),
-    [("rollout.engine=vllm", "rollout.engine=vllm reads the base"), ("adapter.dora=true", "adapter.dora reads whole")],
+    [("rollout.engine=vllm", "rollout.engine=vllm reads the base"), ("adapter.dora=true", "dora=true reads whole")],
 )
 def test_what_reads_the_base_on_the_device_is_refused(key: str, words: str) -> None:
     config = settings.load(None, ["parallel.param_offload=true", key])

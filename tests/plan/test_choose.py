@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lorl.plan.choose import Plan, choose, make_plan, smallest_change
 from lorl.plan.demand import Demand, Engine, demand_of
 from lorl.plan.hardware import GIB, GPUS, Cluster
-from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts
+from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts, vllm_sizes
 from lorl.plan.memory import ACTIVATIONS
 from lorl.settings import load
 
@@ -223,6 +223,12 @@ def test_ranks_that_split_a_pass_wait_for_what_they_send_each_other() -> None:
     assert seconds["rollout"] == next(phase.seconds for phase in fast if phase.phase == "rollout")
 
 
+def test_ranks_that_split_a_pass_sample_with_the_embedded_engine() -> None:
+    """Under a named strategy too: the plan is of the engine that the run takes."""
+    plan = chosen(run_of("model.path=qwen2.5-7b", "parallel.sequence=2"), EIGHT, "fsdp2")
+    assert (plan.demand.engine, plan.layout) == ("torch", Layout("fsdp2", 8))
+
+
 def test_the_objective_decides_which_passes_there_are() -> None:
     on_policy = run_of("model.path=qwen2.5-7b")
     assert on_policy.scorings == 0
@@ -237,3 +243,32 @@ def test_the_objective_decides_which_passes_there_are() -> None:
 
 def test_a_lone_gpu_has_nobody_to_share_with() -> None:
     assert choose(run_of("model.path=qwen2.5-7b"), ONE, "shared") is None
+
+
+def test_a_named_strategy_spreads_over_nodes_as_its_run_does() -> None:
+    nodes = Cluster(EIGHT.gpu, 8, nodes=2)
+    big = run_of("model.path=qwen2.5-72b", "rollout.engine=vllm")
+    named = choose(big, nodes, "fsdp2", False)
+    assert named is not None
+    assert named.layout == Layout("fsdp2", 16, 16)
+    change = smallest_change(big, nodes, "ddp", False)
+    assert change is not None
+    assert change.settings == ("parallel.strategy=fsdp2",)
+    assert choose(run_of("model.path=qwen2.5-7b"), nodes, "fsdp2", False) is None, "16 ranks cannot share 28 heads"
+
+
+def test_a_base_is_spread_over_as_many_gpus_as_one_vllm_can_be_of() -> None:
+    """28 heads are no 8 equal shares, and a run that names its strategy alone spreads over all 8."""
+    demand, small = run_of("model.path=qwen2.5-7b"), replace(EIGHT, gpu=replace(EIGHT.gpu, memory=18 * GIB))
+    change = smallest_change(demand, small, "ddp", False)
+    assert change is not None
+    assert change.settings == ("parallel.strategy=fsdp2", "parallel.shard_size=4")
+    assert change.plan.layout == Layout("fsdp2", 4, 4)
+    assert change.plan.fits
+
+
+def test_what_vllm_cannot_deal_out_is_no_layout() -> None:
+    shape = replace(run_of("model.path=qwen2.5-7b").shape, heads=12, kv_heads=3, ffn=1536, vocabulary=49_152)
+    assert vllm_sizes(shape, replace(EIGHT, gpus=4)) == [1], "neither 2 nor 4 ranks share 3 heads of keys"
+    assert vllm_sizes(shape, replace(EIGHT, gpus=6)) == [1, 3, 6]
+    assert vllm_sizes(replace(shape, vocabulary=151_936), replace(EIGHT, gpus=6)) == [1], "rows of its vocabulary"

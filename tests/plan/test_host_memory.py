@@ -267,7 +267,7 @@ def test_files_that_are_not_at_hand_are_taken_for_bfloat16_and_it_is_said(tmp_pa
         (("--strategy", "ddp", "rollout.engine=vllm"), "rollout.engine=vllm reads the base on the device"),
         (("rollout.engine=vllm", "--gpus", "1"), "rollout.engine=vllm reads the base on the device"),
         (("adapter.dora=true",), "adapter.dora=true reads whole weights"),
-        (("--strategy", "fsdp2", "--gpus", "1"), "--strategy fsdp2 spreads the base over the GPUs of a node"),
+        (("--strategy", "fsdp2", "--gpus", "1"), "--strategy fsdp2 spreads the base over several GPUs"),
     ],
 )
 def test_what_does_not_go_with_a_base_on_the_host_is_refused(

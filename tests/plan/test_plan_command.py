@@ -42,6 +42,17 @@ def test_auto_prints_the_layout_that_the_run_takes(forks: Forks, tmp_path: Path)
     assert parts["shard"] == 4
 
 
+def test_it_is_said_where_vllm_has_no_layout(forks: Forks, tmp_path: Path) -> None:
+    """Three GPUs cannot share 64 heads, and the base is too large for one."""
+    result = forks.run("plan", "model.path=qwen2.5-72b", "--gpus", "3", "--json", cwd=tmp_path)
+    found = json.loads(result.out)
+    assert (found["engine"], found["engine_gpus"], found["shard"]) == ("torch", 1, 3)
+    assert "the embedded engine samples: with vLLM no layout fits" in found["assumed"]
+    vllm = json.loads(forks.run("plan", "model.path=qwen2.5-72b", *EIGHT, "--json", cwd=tmp_path).out)
+    assert vllm["engine"] == "vllm"
+    assert not any("embedded" in note for note in vllm["assumed"])
+
+
 def test_the_tables_say_what_holds_memory_where_time_goes_and_whether_it_fits(forks: Forks, tmp_path: Path) -> None:
     result = forks.run("plan", "model.path=qwen2.5-7b", "algorithm.kl_coef=0.01", "--gpus", "2", cwd=tmp_path)
     assert result.code == 0, result.err
@@ -80,7 +91,11 @@ def test_a_run_that_does_not_fit_ends_with_2_and_names_the_setting(forks: Forks,
         (("--gpu-memory", "0GB"), "--gpu-memory 0GB: expected a size"),
         (("--gpu", "h10"), "did you mean 'h100'?"),
         (("--strategy", "fsdp3"), "did you mean 'fsdp'?"),
-        (("--strategy", "shared"), "--strategy shared spreads the base over the GPUs of a node, and there is one"),
+        (("--strategy", "shared"), "--strategy shared spreads the base over several GPUs, and there is one"),
+        (("--strategy", "fsdp2", "--gpus", "16", "parallel.nodes=2"), "parallel.shard_size=2 or 4 would do"),
+        (("--strategy", "fsdp2", "--gpus", "4", "parallel.shard_size=3"), "parallel.shard_size=2 or 4 would do"),
+        (("--gpus", "4", "parallel.shard_size=3"), "parallel.shard_size=3 does not divide the 4 ranks"),
+        (("--gpus", "2", "parallel.sequence=2", "rollout.engine=vllm"), "parallel.sequence splits each pass"),
         (("--bandwidth", "nvlnk=3GB"), "did you mean 'nvlink'?"),
         (("--bandwidth", "nvlink=fast"), "--bandwidth nvlink fast: expected a size"),
         (("adapter.target_modules=[q_prj]",), "did you mean 'q_proj'?"),

@@ -3,8 +3,8 @@
     GPUs            the simplest layout that fits their memory and is about as fast as the fastest (`lorl.plan.choose`)
     CPU processes   ddp, unless a node's ranks need more memory together than is free there: then the first that fits
 
-Which layouts there are is asked of the schema and of `start.check_combination`, so that a strategy that they learn is
-chosen here as well.
+Which layouts there are is asked of the schema, of `start.check_combination` and of what vLLM says of its kernels, so
+that a strategy that they learn is chosen here as well.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from lorl.config import ParallelConfig, RunConfig
@@ -22,6 +23,8 @@ from lorl.plan.demand import Demand, Engine, demand_of
 from lorl.plan.hardware import GIB, Cluster, described_gpu
 from lorl.plan.layout import Layout
 from lorl.plan.shape import Shape
+from lorl.policy.load import load_shape, pick_device, pick_dtype
+from lorl.rollout.vllm import launch, versions
 
 PLANNED: tuple[Engine, ...] = ("vllm", "torch")  # rollout.engine=auto: the first that a layout works with
 
@@ -36,10 +39,7 @@ class Device:
 
 def this_device(config: RunConfig) -> Device:
     """Of the rank that this process is."""
-    import torch
-
     from lorl.environment import free_memory
-    from lorl.policy.load import pick_device
 
     if pick_device(config.model).type != "cuda":
         return Device(None, free_memory() // config.parallel.gpus)
@@ -54,17 +54,22 @@ def settle(config: RunConfig, devices: Sequence[Device]) -> tuple[RunConfig, str
         devices: of all ranks; the smallest decides.
     """
     smallest = min(devices, key=lambda device: device.memory)
+    engine: Engine = "vllm" if config.rollout.engine == "vllm" else "torch"  # where the plan does not choose one
     try:
         demand = _demand(config, smallest)
     except UserError as error:  # a run that the plan has no formulas for is still a run
-        return _with(config, Layout("ddp"), "torch"), f"parallel.strategy=auto: ddp, unplanned: {error}"
+        return _with(config, Layout("ddp"), engine), f"parallel.strategy=auto: ddp with {engine}, unplanned: {error}"
     parallel = config.parallel
     cluster = Cluster(described_gpu(smallest.gpu, smallest.memory), parallel.gpus, parallel.nodes)
     engines = _engines_here(smallest)
     about = ABOUT if smallest.gpu else math.inf  # the plan knows no CPU's seconds
     offload = None if smallest.gpu else False  # a CPU process has no other memory to go to
-    plan = choose(demand, cluster, offload=offload, engine_on=engine_on(config, engines), about=about)
-    assert plan is not None, "ddp is always a layout"
+    on_gpus = smallest.gpu is not None
+    allowed = engine_on(config, engines, on_gpus=on_gpus)
+    plan = choose(demand, cluster, offload=offload, engine_on=allowed, about=about)
+    if plan is None:  # why the simplest layout does not start is what the user has to know
+        _check(config, Layout("ddp"), engine, on_gpus=on_gpus)
+        raise AssertionError("ddp is a layout that starts, and was not chosen")
     settled = _with(config, plan.layout, plan.demand.engine)
     why = f"parallel.strategy=auto: {_why(plan, smallest)}"
     if smallest.gpu and config.rollout.engine == "auto":
@@ -72,25 +77,47 @@ def settle(config: RunConfig, devices: Sequence[Device]) -> tuple[RunConfig, str
     return settled, why
 
 
-def engine_on(config: RunConfig, engines: Sequence[Engine] = PLANNED) -> Callable[[Layout], Engine | None]:
+def plannable(config: RunConfig) -> Callable[[Layout], Engine | None]:
+    """`engine_on`, for `lorl plan`. Raises UserError where the run is refused whatever the layout."""
+    check_combination(config)
+    if config.rollout.engine == "vllm":
+        _check_kernels(config, parts=False)
+    return engine_on(config)
+
+
+def engine_on(
+    config: RunConfig, engines: Sequence[Engine] = PLANNED, *, on_gpus: bool = True
+) -> Callable[[Layout], Engine | None]:
     """For `choose`: the engine that samples on a layout if this run can be started in it, else None. Where
     rollout.engine is auto, the first of `engines` that can."""
     asked: Sequence[Any] = engines if config.rollout.engine == "auto" else [config.rollout.engine]
 
     def engine(layout: Layout) -> Engine | None:
-        return next((engine for engine in asked if _starts(config, layout, engine)), None)
+        return next((engine for engine in asked if starts(layout, engine)), None)
+
+    def starts(layout: Layout, engine: Engine) -> bool:
+        if not layout.samples_with(engine):
+            return False
+        try:
+            _check(config, layout, engine, on_gpus=on_gpus)
+        except (UserError, ValidationError):
+            return False
+        return True
 
     return engine
 
 
-def _starts(config: RunConfig, layout: Layout, engine: Engine) -> bool:
-    if not layout.samples_with(engine):
-        return False
-    try:
-        check_combination(_with(config, layout, engine))
-    except (UserError, ValidationError):
-        return False
-    return True
+def _check(config: RunConfig, layout: Layout, engine: Engine, *, on_gpus: bool) -> None:
+    """Raises UserError, or the schema's ValidationError, where the run can't be started so."""
+    check_combination(_with(config, layout, engine))
+    if engine == "vllm" and on_gpus:
+        _check_kernels(config, parts=layout.engine > 1)
+
+
+def _check_kernels(config: RunConfig, *, parts: bool) -> None:
+    """What vLLM says of adapters in this dtype when it starts on GPUs."""
+    gpu = torch.device("cuda")
+    launch.check_mode(config.rollout.adapter_mode, gpu, pick_dtype(config.model, gpu), parts=parts)
 
 
 def _with(config: RunConfig, layout: Layout, engine: Engine) -> RunConfig:
@@ -107,8 +134,6 @@ def _with(config: RunConfig, layout: Layout, engine: Engine) -> RunConfig:
 
 
 def _demand(config: RunConfig, device: Device) -> Demand:
-    from lorl.policy.load import load_shape
-
     demand, _ = demand_of(config, Shape.of(load_shape(config.model)))
     if device.gpu is not None:
         return demand
@@ -118,8 +143,6 @@ def _demand(config: RunConfig, device: Device) -> Demand:
 
 
 def _engines_here(device: Device) -> tuple[Engine, ...]:
-    from lorl.rollout.vllm import versions
-
     return PLANNED if device.gpu is not None and versions.known() else ("torch",)
 
 

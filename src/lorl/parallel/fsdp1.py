@@ -20,9 +20,8 @@ from lorl.parallel.weights import Source
 
 
 def shard(base: PreTrainedModel, source: Source, mesh: DeviceMesh, device: torch.device, *, offload: bool) -> None:
-    """Shards the layers of `base`, which is empty, over the ranks of `mesh` [copy, fsdp], and fills it.
-    No rank holds more than its share
-    (`offload`: in host memory), a layer, and what is not in layers."""
+    """Shards the layers of `base`, which is empty, over the ranks of `mesh` [copy, fsdp], and fills it. No rank holds
+    more than its share (`offload`: in host memory), a layer, and what is not in layers."""
     hybrid = mesh.size(0) > 1
     how: dict[str, Any] = {
         "device_mesh": mesh if hybrid else mesh["fsdp"],

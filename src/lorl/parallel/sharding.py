@@ -21,6 +21,7 @@ from lorl.parallel import fsdp1
 from lorl.parallel.group import Ranks
 from lorl.parallel.lockstep import Lockstep
 from lorl.parallel.weights import Source, open_source
+from lorl.plan.layout import GATHERED_LAYERS
 from lorl.policy.load import load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
 from lorl.policy.sharing import empty_model, parameter_bytes
@@ -44,7 +45,7 @@ class ShardedTrainer:
         layers = [parameter_bytes(layer) for layer in decoder.layers]
         away = self._config.parallel.param_offload and pick_device(self._config.model).type == "cuda"
         parts = 0 if away else -(-sum(layers) // shard_size(self._config))
-        return parameter_bytes(model) - sum(layers) + parts, 2 * max(layers)
+        return parameter_bytes(model) - sum(layers) + parts, GATHERED_LAYERS * max(layers)
 
     def load(self) -> Policy:
         return sharded_policy(self._config, self._tokenizer, self._group, self._tell)

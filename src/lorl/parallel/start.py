@@ -35,14 +35,15 @@ def check_combination(config: RunConfig) -> None:
     ranks = parallel.gpus * parallel.nodes
     check_ranks(config)
     in_parts = ranks > 1 and parallel.strategy in STRATEGIES
-    if parallel.param_offload and config.rollout.engine == "vllm" and not in_parts:
+    may_copy = in_parts or (ranks > 1 and parallel.strategy == "auto")
+    if parallel.param_offload and config.rollout.engine == "vllm" and not may_copy:
         raise UserError(
             "rollout.engine=vllm reads the base on the device, parallel.param_offload=true keeps it in host memory; "
             "use engine=torch, or strategy=fsdp2 over several GPUs, where vLLM has a copy of its own"
         )
     if parallel.param_offload and config.adapter.dora:
         raise UserError(
-            "adapter.dora reads whole weights, and parallel.param_offload=true keeps them in host memory; use one"
+            "adapter.dora=true reads whole weights, and parallel.param_offload=true keeps them in host memory; use one"
         )
     if ranks == 1:
         return
@@ -55,7 +56,8 @@ def check_combination(config: RunConfig) -> None:
         )
     if (in_parts or parallel.strategy == "shared") and config.adapter.dora:
         raise UserError(
-            f"adapter.dora reads whole weights, and parallel.strategy={parallel.strategy} keeps parts; use strategy=ddp"
+            f"adapter.dora=true reads whole weights, and parallel.strategy={parallel.strategy} keeps parts; use "
+            "strategy=ddp"
         )
     if (in_parts or parallel.strategy == "shared") and config.rollout.adapter_mode == "fold":
         raise UserError(

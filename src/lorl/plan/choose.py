@@ -7,7 +7,7 @@ from typing import Any
 
 from lorl.plan.demand import Demand, Engine
 from lorl.plan.hardware import Cluster
-from lorl.plan.layout import Layout, Strategy, layouts
+from lorl.plan.layout import Layout, Strategy, deals_evenly, layouts, vllm_sizes
 from lorl.plan.memory import Memory, memory
 from lorl.plan.seconds import PhaseSeconds, step_seconds
 
@@ -100,7 +100,7 @@ def smallest_change(
     in host memory, and then where the base lies.
     """
     start = _State(demand, strategy, offload, engine_on)
-    steps = _steps(start)
+    steps = _steps(start, cluster)
     for step in steps:
         for edit in step:
             if (plan := edit.on(start).plan(cluster)) is not None and plan.fits:
@@ -132,7 +132,7 @@ class _Edit:
     on: Callable[[_State], _State]
 
 
-def _steps(start: _State) -> list[list[_Edit]]:
+def _steps(start: _State, cluster: Cluster) -> list[list[_Edit]]:
     """The changes in the order in which they are tried, each with its values from mild to strong."""
     demand = start.demand
     halves = [demand.microbatch_tokens >> power for power in range(1, demand.microbatch_tokens.bit_length())]
@@ -150,11 +150,11 @@ def _steps(start: _State) -> list[list[_Edit]]:
         [] if demand.activation_offload else [_demand_edit(ACTIVATION_OFFLOAD, "true", activation_offload=True)],
     ]
     if start.strategy is not None:
-        steps += [[_strategy_edit("fsdp2")], [_strategy_edit("shared")]]
+        steps += [[_spread_edit("fsdp2", demand, cluster)], [_spread_edit("shared", demand, cluster)]]
     if not (start.offload or demand.offload):
         steps.append([_OFFLOAD])
         if start.strategy is not None:  # parts that an engine reads can't go
-            steps.append([_both(_strategy_edit("fsdp2"), _OFFLOAD)])
+            steps.append([_both(_spread_edit("fsdp2", demand, cluster), _OFFLOAD)])
     return [step for step in steps if step]
 
 
@@ -162,8 +162,13 @@ def _demand_edit(key: str, value: object, **fields: Any) -> _Edit:
     return _Edit((f"{key}={value}",), lambda state: replace(state, demand=replace(state.demand, **fields)))
 
 
-def _strategy_edit(strategy: Strategy) -> _Edit:
-    return _Edit((f"parallel.strategy={strategy}",), lambda state: replace(state, strategy=strategy))
+def _spread_edit(strategy: Strategy, demand: Demand, cluster: Cluster) -> _Edit:
+    """Over all GPUs, or over as many as one vLLM can be of."""
+    found = _Edit((f"parallel.strategy={strategy}",), lambda state: replace(state, strategy=strategy))
+    if demand.engine == "torch" or demand.shard_size or deals_evenly(demand.shape, cluster.world):
+        return found
+    size = max(vllm_sizes(demand.shape, cluster))
+    return _both(found, _demand_edit("parallel.shard_size", size, shard_size=size)) if size > 1 else found
 
 
 _OFFLOAD = _Edit(("parallel.param_offload=true",), lambda state: replace(state, offload=True))

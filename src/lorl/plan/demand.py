@@ -105,15 +105,15 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         notes.append("DoRA's magnitudes and what they keep are not counted")
     adapter, algorithm, objective = config.adapter, config.algorithm, Objective.of(config)
     has_reference = algorithm.kl_coef > 0
-    anchored = has_reference and adapter.path is not None and algorithm.reference == "start"
+    learning, frozen = adapter_counts(config)
     prompts, samples = config.data.prompts_per_step, config.rollout.n
     mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
     demand = Demand(
         shape=shape,
         lora=lora_of(shape, adapter),
         itemsize=4 if config.model.dtype == "float32" else 2,
-        learning=1 + objective.needs_critic,
-        frozen=anchored + (config.reward_model.path is not None),
+        learning=learning,
+        frozen=frozen,
         prompts=prompts,
         samples=samples,
         prompt_tokens=max(1, int(config.data.max_prompt_tokens * MEAN_LENGTH)),
@@ -128,7 +128,7 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         microbatch_tokens=config.parallel.microbatch_tokens,
         sequence=config.parallel.sequence,
         recompute=config.model.gradient_checkpointing,
-        engine="torch" if config.rollout.engine == "torch" else "vllm",
+        engine=_engine(config),
         concurrent=config.rollout.max_concurrent,
         engine_tokens=config.rollout.max_batched_tokens or max(ENGINE_TOKENS, config.rollout.max_concurrent),
         slots=config.rollout.adapter_slots,
@@ -146,8 +146,23 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         f"answers {demand.response_tokens}, {lengths}"
     )
     if demand.engine == "torch":
-        notes.append("the rollout's seconds are vLLM's; rollout.engine=torch is not built for GPUs")
+        notes.append("the rollout's seconds are vLLM's; the embedded engine, which samples, is not built for GPUs")
     return demand, notes
+
+
+def _engine(config: "RunConfig") -> Engine:
+    """The one that `auto` takes on GPUs where there is a layout for it."""
+    splits = config.rollout.engine == "auto" and config.parallel.sequence > 1
+    return "torch" if splits or config.rollout.engine == "torch" else "vllm"
+
+
+def adapter_counts(config: "RunConfig") -> tuple[int, int]:
+    """Adapters that learn (the policy, a critic), and those that do not (a reference, a reward model)."""
+    from lorl.objective import Objective
+
+    algorithm = config.algorithm
+    anchored = algorithm.kl_coef > 0 and config.adapter.path is not None and algorithm.reference == "start"
+    return 1 + Objective.of(config).needs_critic, anchored + (config.reward_model.path is not None)
 
 
 def _shm_files(model: "ModelConfig", shape: Shape, notes: list[str]) -> int:

@@ -15,9 +15,7 @@ from lorl.plan.shape import Projection, Shape
 from lorl.policy.logprobs import CHUNK_BYTES
 
 BLOCK_TOKENS = 16  # of vLLM's cache on a GPU
-SPARE = (
-    0.8  # share of the free memory that kept activations may take; where they would take more, layers are recomputed
-)
+SPARE = 0.8  # share of the free memory that kept activations may take; else layers are recomputed
 SPARE_TOKENS = 512  # beyond the samples: a publish's proof
 MASTER_BYTES = 4  # float32, whatever the base's dtype
 GRADIENT_BYTES = 4

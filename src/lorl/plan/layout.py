@@ -10,6 +10,7 @@ from lorl.plan.shape import Shape
 Strategy = Literal["ddp", "fsdp", "fsdp2", "shared"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "fsdp2", "shared")
 GATHERED_LAYERS = 2  # the one that computes, and the next one on its way
+_VOCABULARY_PADDING = 64  # vLLM makes the vocabulary a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +58,34 @@ def layouts(
     shard_size: int | None = None,
 ) -> list[Layout]:
     """All layouts that split the model evenly, simpler ones first; of one strategy, and with or without offload, where
-    these are given. A vLLM stays within a node; for the embedded engine a base in parts covers a node or everything.
-    `shard_size`: neither covers another number of GPUs; with a `strategy`, None means all of them, as it does in a run.
-    Streamed layers, which the embedded engine waits for with every
-    token, are there only where `offload` is True."""
-    ways = tensor_parallel_ways(shape, cluster)
+    these are given.
+
+    `shard_size` is how many GPUs a base in parts covers. With a `strategy`, None means all of them, as it does in a
+    run; without one, a vLLM covers a node or an even part of it, and parts for the embedded engine a node or
+    everything. Streamed layers, which the embedded engine waits for with every token, are there only where `offload` is
+    True."""
     if strategy is not None and shard_size is None:
         shard_size = cluster.world  # what a run does whose strategy is named
-    vllms = [(n, n) for n in ways if n > 1 and shard_size in (None, n)]
-    embedded = [(n, 1) for n in sorted({shard_size or cluster.gpus, shard_size or cluster.world}) if n > 1]
-    parts = [Layout(kind, *spread) for kind in ("fsdp2", "fsdp") for spread in [*vllms, *embedded]]
-    found = [Layout("ddp"), *(Layout("shared", *spread) for spread in vllms), *parts]
-    found += [Layout("shared", *spread) for spread in embedded]
+    whole = [shard_size] if shard_size else sorted({cluster.gpus, cluster.world})
+    engines = [n for n in whole if deals_evenly(shape, n)] if shard_size else vllm_sizes(shape, cluster)
+    vllms, embedded = ([n for n in sizes if n > 1 and cluster.world % n == 0] for sizes in (engines, whole))
+    spreads = [*((n, n) for n in vllms), *((n, 1) for n in embedded)]
+    parts = [Layout(kind, *spread) for kind in ("fsdp2", "fsdp") for spread in spreads]
+    found = [Layout("ddp"), *(Layout("shared", n, n) for n in vllms), *parts]
+    found += [Layout("shared", n) for n in embedded]
     found += [replace(one, offload=True) for one in (Layout("ddp"), *parts)]
     offered = [one for one in found if (not one.streamed if offload is None else one.offload is offload)]
     return [one for one in offered if strategy in (None, one.strategy)]
 
 
-def tensor_parallel_ways(shape: Shape, cluster: Cluster) -> list[int]:
-    """Powers of two that divide a node's GPUs, the heads and the inner size."""
-    powers = [2**i for i in range(cluster.gpus.bit_length())]
-    return [n for n in powers if cluster.gpus % n == 0 and shape.heads % n == 0 and shape.ffn % n == 0]
+def vllm_sizes(shape: Shape, cluster: Cluster) -> list[int]:
+    """Numbers of GPUs, up to a node's, that one vLLM can be of."""
+    return [n for n in range(1, cluster.gpus + 1) if cluster.gpus % n == 0 and deals_evenly(shape, n)]
+
+
+def deals_evenly(shape: Shape, ranks: int) -> bool:
+    """Whether tensor parallelism gives each of `ranks` ranks as much as any other, as a vLLM wants it: heads, inner
+    units, rows of the vocabulary (padded), and heads of keys and values, of which several ranks may have the same."""
+    padded = -(-shape.vocabulary // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
+    shares = shape.kv_heads % ranks == 0 or ranks % shape.kv_heads == 0
+    return shares and not (shape.heads % ranks or shape.ffn % ranks or padded % ranks)

@@ -28,6 +28,7 @@ def as_dict(plan: Plan, change: Change | None, notes: list[str]) -> dict[str, An
     return {
         "strategy": plan.layout.strategy,
         "shard": plan.layout.shard,
+        "engine": plan.demand.engine,
         "engine_gpus": plan.layout.engine,
         "offload": plan.layout.offload,
         "gpus": plan.cluster.world,

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from lorl.errors import UserError
+from lorl.plan.footprint import ADAMW_BYTES, GRADIENT_BYTES, MASTER_BYTES
 from lorl.rollout.vllm import launch, versions
-from lorl.rollout.vllm.memory import GIB, Budget, budget, kv_bytes_per_token, training_bytes
+from lorl.rollout.vllm.memory import GIB, Budget, budget, kv_bytes_per_token, moment_bytes, training_bytes
+from lorl.rollout.vllm.shared import _adapter_and_training_bytes
+from lorl.settings import load
 
 
 @pytest.fixture
@@ -160,3 +164,20 @@ def test_bytes_of_a_token() -> None:
     recomputed = training_bytes(Shape(), 1000, itemsize=2, checkpointing=True)
     assert kept > 2 * recomputed
     assert training_bytes(Shape(), 2000, itemsize=2, checkpointing=False) > 1.5 * kept
+
+
+def test_the_budget_counts_what_the_plan_counts() -> None:
+    """Of a GPU, which need not be there: adapters that do not learn, and nothing that waits in host memory."""
+    text, gpu, half = Shape(), torch.device("cuda"), torch.bfloat16
+    parameters = moment_bytes(text, 32) // ADAMW_BYTES
+
+    def held(*keys: str) -> tuple[int, int]:
+        return _adapter_and_training_bytes(load(None, list(keys)), text, gpu, half, 32, 1)
+
+    adapters, training = held()
+    assert held("reward_model.path=x") == (adapters + MASTER_BYTES * parameters, training)
+    assert held("parallel.optimizer_offload=true") == (adapters - ADAMW_BYTES * parameters, training)
+    assert held("algorithm.advantage=gae")[0] == adapters + (MASTER_BYTES + GRADIENT_BYTES + ADAMW_BYTES) * parameters
+    assert held("model.activation_offload=true")[1] < training
+    few = ("parallel.microbatch_tokens=1", "parallel.optimizer_offload=true")
+    assert held(*few)[1] == ADAMW_BYTES * parameters, "moments are on the device for a step"

@@ -79,32 +79,49 @@ def budget(
 
 
 def training_bytes(
-    config: Any, tokens: int, *, itemsize: int, checkpointing: bool, rank: int = 32, masked: int = 0
+    config: Any,
+    tokens: int,
+    *,
+    itemsize: int,
+    checkpointing: bool,
+    rank: int = 32,
+    masked: int = 0,
+    entropy: bool = False,
+    away: bool = False,
 ) -> int:
     """What a packed pass over `tokens` tokens holds at its largest, beyond weights and adapters (of `rank`, on every
     linear layer).
 
     `config` is transformers', of the decoder. `masked` is how many tokens the trees have that dense attention masks are
-    made for (on a CPU).
+    made for (on a CPU). `away`: what layers keep waits in host memory.
     """
     shape = Shape.of(config)
     half = itemsize == 2
-    how = footprint.Pass(itemsize, eager=not half, recompute=checkpointing, span=masked)
+    how = footprint.Pass(itemsize, eager=not half, recompute=checkpointing, entropy=entropy, away=away, span=masked)
     lora = lora_on(shape, rank, "all-linear")
     return footprint.training_peak_bytes(shape, lora, tokens, tokens, how, "cuda" if half else "cpu")
 
 
-def adapter_bytes(config: Any, rank: int, slots: int, *, itemsize: int, learning: int = 1) -> int:
-    """`learning` adapters of `rank` on every linear layer, with gradients and optimizer, and the engine's slots."""
+def adapter_bytes(
+    config: Any, rank: int, slots: int, *, itemsize: int, learning: int = 1, frozen: int = 0, ways: int = 1
+) -> int:
+    """`learning` adapters of `rank` on every linear layer, with gradients and optimizer, `frozen` ones without, and the
+    slots of an engine of `ways` ranks."""
     shape = Shape.of(config)
     lora = lora_on(shape, rank, "all-linear")
     masters = learning * footprint.adapter_bytes(lora.parameters, learns=True)
-    return masters + footprint.slot_bytes(shape, lora, itemsize, slots)
+    masters += frozen * footprint.adapter_bytes(lora.parameters, learns=False)
+    return masters + footprint.slot_bytes(shape, lora, itemsize, slots, ways)
 
 
-def kv_bytes_per_token(config: Any, itemsize: int) -> int:
-    """Keys and values of one token over all layers."""
-    return footprint.kv_bytes(Shape.of(config), itemsize)
+def moment_bytes(config: Any, rank: int) -> int:
+    """AdamW's moments of one adapter of `rank` on every linear layer."""
+    return lora_on(Shape.of(config), rank, "all-linear").parameters * footprint.ADAMW_BYTES
+
+
+def kv_bytes_per_token(config: Any, itemsize: int, ways: int = 1) -> int:
+    """Keys and values of one token over all layers, on each of `ways` tensor-parallel ranks."""
+    return footprint.kv_bytes(Shape.of(config), itemsize, ways)
 
 
 def _two_digits(fraction: float) -> float:

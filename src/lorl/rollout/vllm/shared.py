@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorl.config import RunConfig
 from lorl.errors import UserError
+from lorl.plan.demand import adapter_counts
 from lorl.plan.footprint import SPARE_TOKENS, fullest_cache
+from lorl.plan.layout import GATHERED_LAYERS
 from lorl.policy import adapters
 from lorl.policy.load import TRAINED, fill_random, load_base, load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
@@ -20,7 +22,14 @@ from lorl.policy.shards import ShardedBase, Sharers
 from lorl.policy.sharing import CannotBindError, Weights, bind, empty_model, parameter_bytes, unshared_bytes
 from lorl.rollout.vllm import launch, loader, tensor_parallel, versions
 from lorl.rollout.vllm.engine import VllmEngine
-from lorl.rollout.vllm.memory import GIB, adapter_bytes, budget, kv_bytes_per_token, training_bytes
+from lorl.rollout.vllm.memory import (
+    GIB,
+    adapter_bytes,
+    budget,
+    kv_bytes_per_token,
+    moment_bytes,
+    training_bytes,
+)
 from lorl.rollout.vllm.mode import faster_mode
 from lorl.rollout.vllm.versions import Inside
 
@@ -181,28 +190,21 @@ def shape_of(
     their schedulers have to decide alike."""
     text = model.config.get_text_config()
     max_tokens = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, _PROOF_TOKENS)
-    per_token = kv_bytes_per_token(text, dtype.itemsize)
-    base, gathered = parameter_bytes(model), 0
-    if spread is not None:
-        per_token //= min(spread.sharers.size, text.num_key_value_heads)
-        base, gathered = spread.held, spread.gathered
+    ways = 1 if spread is None else spread.sharers.size
+    base, gathered = (parameter_bytes(model), 0) if spread is None else (spread.held, spread.gathered)
+    per_token = kv_bytes_per_token(text, dtype.itemsize, ways)
     smallest = per_token * (max_tokens + SPARE_TOKENS)
     fraction = config.rollout.memory_fraction
     free, total = _memory(device, config.parallel.gpus)
     if device.type == "cpu":
         fraction = fraction or max(min(0.4, _CPU_KV_BYTES / total), smallest / total)
+    adapters, training = _adapter_and_training_bytes(config, text, device, dtype, rank, ways)
     found = budget(
         total=total,
         free=free,
         base=base,
-        adapters=adapter_bytes(
-            text,
-            rank,
-            config.rollout.adapter_slots,
-            itemsize=dtype.itemsize,
-            learning=1 + (config.algorithm.advantage == "gae"),
-        ),
-        training=gathered + _training_bytes(config, text, device, dtype, rank),
+        adapters=adapters,
+        training=gathered + training,
         fraction=fraction,
         smallest=smallest,
         fullest=fullest_cache(per_token, config.rollout.max_concurrent, max_tokens),
@@ -222,25 +224,44 @@ def shape_of(
     return shape, rests
 
 
-def _training_bytes(config: RunConfig, text: Any, device: torch.device, dtype: torch.dtype, rank: int) -> int:
-    """Of the largest pass, with layers computed again where the run may do so."""
+def _adapter_and_training_bytes(
+    config: RunConfig, text: Any, device: torch.device, dtype: torch.dtype, rank: int, ways: int
+) -> tuple[int, int]:
+    """Of all adapters, the slots of an engine of `ways` ranks among them; and of the largest pass, with layers computed
+    again where the run may do so, or the largest step. What a GPU's host holds is in neither."""
     tree = config.data.max_prompt_tokens + config.rollout.n * config.rollout.max_response_tokens
     tokens, recompute = config.parallel.microbatch_tokens, config.model.gradient_checkpointing
-    return training_bytes(
+    on_gpu, (learning, frozen) = device.type == "cuda", adapter_counts(config)
+    adapters = adapter_bytes(
+        text,
+        rank,
+        config.rollout.adapter_slots,
+        itemsize=dtype.itemsize,
+        learning=learning,
+        frozen=frozen,
+        ways=ways,
+    )
+    training = training_bytes(
         text,
         tokens,
         itemsize=dtype.itemsize,
-        checkpointing=device.type == "cuda" if recompute == "auto" else recompute,
+        checkpointing=on_gpu if recompute == "auto" else recompute,
         rank=rank,
-        masked=0 if device.type == "cuda" else min(tree, tokens),
+        masked=0 if on_gpu else min(tree, tokens),
+        entropy=config.algorithm.entropy_coef != 0,
+        away=on_gpu and config.model.activation_offload,
     )
+    if on_gpu and config.parallel.optimizer_offload:  # moments come for a step, one adapter's at a time
+        moments = moment_bytes(text, rank)
+        return adapters - learning * moments, max(training, moments)
+    return adapters, training
 
 
 def _gathered_bytes(model: PreTrainedModel) -> int:
-    """What a pass over a base in parts holds beyond them at most: two layers and the head."""
+    """What a pass over a base in parts holds beyond them at most: layers on their way, and the head."""
     decoder: Any = model.base_model
     head: Any = model.get_output_embeddings()
-    return 2 * parameter_bytes(decoder.layers[0]) + parameter_bytes(head)
+    return GATHERED_LAYERS * max(parameter_bytes(layer) for layer in decoder.layers) + parameter_bytes(head)
 
 
 def _memory(device: torch.device, ranks: int) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorl.errors import UserError
+from lorl.plan.layout import deals_evenly
+from lorl.plan.shape import Shape
 from lorl.policy.shards import Shard, Sharers
 from lorl.policy.sharing import CannotBindError, Weights, find
 from lorl.rollout.vllm.versions import Inside, replaced
@@ -20,12 +22,12 @@ from lorl.rollout.vllm.versions import Inside, replaced
 
 def check(config: Any, size: int) -> None:
     """Raises UserError unless `size` ranks can share the layers of a model of this (transformers') configuration."""
-    text = config.get_text_config()
-    heads, groups, inner = text.num_attention_heads, text.num_key_value_heads, text.intermediate_size
-    if heads % size or inner % size or (groups % size and size % groups):
+    shape = Shape.of(config.get_text_config())
+    if not deals_evenly(shape, size):
         raise UserError(
-            f"rollout.engine=vllm over {size} ranks: vLLM cannot deal out {heads} heads, {groups} of keys and values, "
-            f"and {inner} inner units evenly; choose another parallel.shard_size, strategy=ddp, or rollout.engine=torch"
+            f"rollout.engine=vllm over {size} ranks: vLLM cannot deal out {shape.heads} heads, {shape.kv_heads} of "
+            f"keys and values, {shape.ffn} inner units and {shape.vocabulary} words evenly; choose another "
+            "parallel.shard_size, strategy=ddp, or rollout.engine=torch"
         )
 
 
