@@ -89,6 +89,11 @@ MISTAKES: dict[str, tuple[str | list[str], Prepare, list[str]]] = {
     "unknown key": ("rollout.temprature=1", _nothing, ["'rollout.temprature'", "'rollout.temperature'"]),
     "wrong type": ("rollout.n=lots", _nothing, ["rollout.n=lots", "a whole number"]),
     "out of bounds": ("optim.lr=-1", _nothing, ["optim.lr=-1", "> 0"]),
+    "adapter that vLLM lacks": (
+        ["rollout.engine=vllm", "adapter.dora=true"],
+        _nothing,
+        ["vllm does not compute adapter.dora=true", "use engine=torch"],
+    ),
     "engine that lorl lacks": ("rollout.engine=sglang", _nothing, ["no SGLang engine", "use vllm or torch"]),
     "unknown choice": ("algorithm.kl_in=los", _nothing, ["algorithm.kl_in=los", "'loss'"]),
     "no equals sign": ("quickly", _nothing, ["'quickly'", "key=value"]),

@@ -45,6 +45,8 @@ def check_combination(config: RunConfig) -> None:
         raise UserError(
             "adapter.dora=true reads whole weights, and parallel.param_offload=true keeps them in host memory; use one"
         )
+    if config.adapter.dora and config.rollout.engine == "vllm":
+        raise UserError("rollout.engine=vllm does not compute adapter.dora=true; use engine=torch")
     if ranks == 1:
         return
     many = f"parallel.gpus={parallel.gpus} on parallel.nodes={parallel.nodes}"

@@ -20,7 +20,7 @@ from lorl.verl.rows import (
 )
 
 PACKED = "lorl packs by tokens; parallel.microbatch_tokens bounds one forward and backward pass"
-SHARED_BASE = "one frozen base is shared by actor, reference, critic and engine, and is never moved"
+SHARED_BASE = "one frozen base serves actor, reference, critic and, but beside fsdp, the engine; it is never moved"
 MEGATRON = "lorl has no Megatron; use verl's FSDP keys, such as actor_rollout_ref.model.lora_rank"
 VISION = "lorl trains on text only, not on images or video"
 KERNELS = "lorl's own packed attention and chunked log-probabilities are always on"

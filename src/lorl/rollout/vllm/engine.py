@@ -80,7 +80,7 @@ class VllmEngine:
         self.folds = False
         self.publish_times = PublishTimes()
         self._adopt(inside)
-        self._proof = PublishProof(self, policy, prompt_tokens=inside.block_size + 4)
+        self._proof = PublishProof(self, policy, prompt_tokens=inside.block_size + 4, agree=self._any_rank)
 
     def publish(self, name: str, version: int, checksum: str) -> float:
         clock = _Clock(self._policy.device)
@@ -195,6 +195,9 @@ class VllmEngine:
         self._resting = False
         self._closed = False
         self._storages: list[tuple[Any, int]] = []
+
+    def _any_rank(self, says: bool) -> bool:
+        return says if self._sharers is None else any(self._sharers.values(says, "the proof of a publish"))
 
     def _caches(self) -> list[Tensor]:
         return self._inside.kv_caches()

@@ -11,7 +11,6 @@ from lorl.policy.policy import Policy
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.vllm.engine import VllmEngine
 
-
 _WORTH = 0.9  # of the adapter's seconds: in half precision a fold that takes more is not worth what it rounds
 
 

@@ -47,11 +47,11 @@ class Spread:
 
 
 def chosen(config: RunConfig) -> bool:
-    """Whether this run samples with vLLM: as asked, or by `auto` on a GPU that has one lorl knows. On a CPU the
-    embedded engine is the faster one."""
+    """Whether this run samples with vLLM: as asked, or by `auto` on a GPU that has one lorl knows, which does not
+    compute DoRA. On a CPU the embedded engine is the faster one."""
     if config.rollout.engine != "auto":
         return config.rollout.engine == "vllm"
-    return versions.known() and pick_device(config.model).type == "cuda"
+    return not config.adapter.dora and versions.known() and pick_device(config.model).type == "cuda"
 
 
 def policy_and_engine(
