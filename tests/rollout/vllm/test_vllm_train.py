@@ -99,6 +99,10 @@ def test_a_run_whose_engine_fails_comes_to_the_same_end(
     run_folder = trained(model, tmp_path, pool, "failing", "rollout.engine=vllm", "rollout.adapter_mode=adapter")
     assert len(failing) == 2
     assert texts(run_folder) == texts(embedded)
-    rows = read_metrics(run_folder)
-    assert sum(row.get("rollout/engine_restarts", 0.0) for row in rows) == 2
+    assert sum(row.get("rollout/engine_restarts", 0.0) for row in read_metrics(run_folder)) == 2
+
+
+def test_a_publish_is_timed_with_its_proof_and_without(model: Path, tmp_path: Path, pool: RewardPool) -> None:
+    run_folder = trained(model, tmp_path, pool, "timed", "rollout.engine=vllm", "rollout.adapter_mode=adapter")
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["time/publish_copy_s"] < row["time/publish_s"] for row in rows if row["step"])
