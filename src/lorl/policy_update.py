@@ -205,10 +205,12 @@ class PolicyUpdate:
         report.mismatch, report.mismatch_max = sum(sums) / sum(counts), max(largest)
         bound = self._config.rollout.max_mismatch or (1e-3 if self._policy.dtype == torch.float32 else 0.05)
         if report.mismatch > bound:
+            half = self._policy.dtype != torch.float32
+            rounding = ", or this model's rounding alone is that large: then raise rollout.max_mismatch" if half else ""
             raise DivergedError(
                 f"engine and trainer disagree: mean |log-probability difference| {report.mismatch:.2e} is above "
                 f"rollout.max_mismatch={bound:.0e}; the engine sampled from another adapter, at another temperature, "
-                "or with another template than the trainer scored."
+                f"or with another template than the trainer scored{rounding}."
             )
 
 
