@@ -13,7 +13,7 @@ from lorl.errors import UserError
 from lorl.plan.footprint import ADAMW_BYTES, GRADIENT_BYTES, MASTER_BYTES
 from lorl.rollout.vllm import launch, versions
 from lorl.rollout.vllm.memory import GIB, Budget, budget, kv_bytes_per_token, moment_bytes, training_bytes
-from lorl.rollout.vllm.shared import _adapter_and_training_bytes
+from lorl.rollout.vllm.opening import _adapter_and_training_bytes
 from lorl.settings import load
 
 

@@ -11,14 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorl.config import RunConfig
-from lorl.policy import adapters
-from lorl.policy.load import pick_device, pick_dtype
 from lorl.policy.policy import Policy
 from lorl.policy.shards import Sharers
-from lorl.policy.sharing import empty_model, parameter_bytes
-from lorl.rollout.vllm import launch, loader, tensor_parallel, versions
+from lorl.policy.sharing import parameter_bytes
+from lorl.rollout.vllm import loader
 from lorl.rollout.vllm.engine import VllmEngine
-from lorl.rollout.vllm.shared import Spread, shape_of
+from lorl.rollout.vllm.opening import open_together
 from lorl.rollout.vllm.versions import Inside
 
 
@@ -46,39 +44,25 @@ def policy_and_engine(
         UserError: vLLM or its version is not at hand, the memory does not suffice, or vLLM does not compute this base
             in parts, or this kind of adapter.
     """
-    versions.check()
-    device = pick_device(config.model)
-    dtype = pick_dtype(config.model, device)
-    launch.check_mode("adapter", device, dtype, parts=True)
-    lora = adapters.configured(config.adapter)
-    model = empty_model(config.model, dtype)
-    tensor_parallel.check(model.config, sharers.size)
-    held, gathered = trainer.bytes_of(model)
-    spread = Spread(sharers, parameter_bytes(model) // sharers.size + held, gathered)
-    shape, rests = shape_of(config, model, device, dtype, launch.slot_rank(lora), spread)
+
+    def bytes_of(model: PreTrainedModel) -> tuple[int, int]:
+        held, gathered = trainer.bytes_of(model)
+        return parameter_bytes(model) // sharers.size + held, gathered
+
+    opening = open_together(config, sharers, bytes_of)
     policy = trainer.load()
+    held, _ = trainer.bytes_of(opening.model)
     tell(
         f"the base is in memory twice, {held / 2**20:,.1f} MiB more on each rank than with parallel.strategy=shared: "
         f"one vLLM over {sharers.size} ranks has a copy beside the trainer's parts"
     )
-    start = partial(launch.start, config, device, dtype, shape)
-    fresh = partial(_start, partial(tensor_parallel.start, sharers, start), partial(trainer.wholes, policy))
+    fresh = partial(_start, opening.start, partial(trainer.wholes, policy))
     inside = fresh()
     try:
-        engine = VllmEngine(
-            fresh,
-            inside,
-            policy,
-            max_concurrent=config.rollout.max_concurrent,
-            adapter_slots=config.rollout.adapter_slots,
-            rank=shape.rank,
-            rests=rests,
-            sharers=sharers,
-        )
+        return policy, opening.engine(inside, policy, fresh)
     except BaseException:
         inside.shut_down(resting=False)
         raise
-    return policy, engine
 
 
 def _start(start: Callable[..., Inside], wholes: Callable[[], Iterable[tuple[str, Tensor]]]) -> Inside:
