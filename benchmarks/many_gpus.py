@@ -78,7 +78,7 @@ def measured(args: argparse.Namespace, folder: Path, name: str) -> str:
         for key in COLUMNS.values()
     ]
     planned = planned_gib(folder / name / "config.yaml") if metrics.parent.exists() else float("nan")
-    cells = [f"{value:13.4g}" for value in [*medians, in_use.gib, planned]]
+    cells = [f"{value:14.4g}" for value in [*medians, in_use.gib, planned]]
     return f"{name:8}{''.join(cells)}" + ("" if code == "0" else f"  ended with {code}")
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     print(f"\n{args.gpus} x {device_name()}, {args.shape}, {args.prompts} x {args.samples}, "
           f"{args.prompt} + {args.response} tokens")  # fmt: skip
     titles = [*COLUMNS, "in use GiB", "planned GiB"]
-    print("\n".join([f"{'run':8}" + "".join(f"{title:>13}" for title in titles), *table]))
+    print("\n".join([f"{'run':8}" + "".join(f"{title:>14}" for title in titles), *table]))
 
 
 if __name__ == "__main__":
