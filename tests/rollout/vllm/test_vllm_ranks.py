@@ -134,6 +134,21 @@ def differing(policy: Policy, base: ShardedBase, stored: dict[str, torch.Tensor]
     return seen, wrong
 
 
+def before_and_after_a_rebuild(policy: Policy, engine: VllmEngine) -> tuple[list[float], bool]:
+    """How far engine and trainer are apart, on the base and with an adapter, and whether both times the same came."""
+    draw(policy, 1)
+    apart, answers = [], []
+    for version in (1, 2):
+        if version == 2:
+            engine.rest()
+            engine.rebuild()
+        engine.publish(TRAINED, version, policy.checksum(TRAINED))
+        answers.append(sample(engine, TRAINED))
+        apart += [distance(policy, sample(engine), None), distance(policy, answers[-1], TRAINED)]
+    first, again = ([one.tokens for one in found] for found in answers)
+    return apart, first == again
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_the_engines_parts_are_the_trainers_base(case: str, tmp_path: Path) -> None:
     model_type, overrides = CASES[case]
@@ -144,16 +159,7 @@ def test_the_engines_parts_are_the_trainers_base(case: str, tmp_path: Path) -> N
     def work(group: Ranks) -> Any:
         policy, engine, base, told = opened(group, folder, "rollout.rest=always")
         seen, wrong = differing(policy, base, stored)
-        draw(policy, 1)
-        engine.publish(TRAINED, 1, policy.checksum(TRAINED))
-        answers = sample(engine, TRAINED)
-        apart = [distance(policy, sample(engine), None), distance(policy, answers, TRAINED)]
-        engine.rest()
-        engine.rebuild()
-        engine.publish(TRAINED, 2, policy.checksum(TRAINED))
-        again = sample(engine, TRAINED)
-        apart.append(distance(policy, again, TRAINED))
-        same = [one.tokens for one in answers] == [one.tokens for one in again]
+        apart, same = before_and_after_a_rebuild(policy, engine)
         group.gather("done", "done")
         return told, sorted(seen), sorted(wrong), apart, same, base.held_bytes
 
@@ -184,16 +190,7 @@ def test_an_engine_beside_the_trainers_parts_has_a_copy_of_them(tmp_path: Path) 
     def work(group: Ranks) -> Any:
         policy, engine, trainer, told = beside(group, folder, *keys, "rollout.rest=always")
         names = [name for name, _ in trainer.wholes(policy)]
-        draw(policy, 1)
-        engine.publish(TRAINED, 1, policy.checksum(TRAINED))
-        answers = sample(engine, TRAINED)
-        apart = [distance(policy, sample(engine), None), distance(policy, answers, TRAINED)]
-        engine.rest()
-        engine.rebuild()
-        engine.publish(TRAINED, 2, policy.checksum(TRAINED))
-        again = sample(engine, TRAINED)
-        apart += [distance(policy, sample(engine), None), distance(policy, again, TRAINED)]
-        same = [one.tokens for one in answers] == [one.tokens for one in again]
+        apart, same = before_and_after_a_rebuild(policy, engine)
         group.gather("done", "done")
         copy = sum(tensor.nbytes for tensor in engine.inside.weights().values())
         return told[-1], sorted(names), apart, same, copy
