@@ -85,6 +85,30 @@ def test_many_ranks_have_one_copy_that_goes_with_the_last_of_them(root: Path, ti
     assert gone(root)
 
 
+SLOW_LOOK = """
+import time
+from lorl.policy import shared_memory
+look = shared_memory._is_whole
+def looks(copy):
+    whole = look(copy)
+    time.sleep(0.3)  # all are at the lock by now, and each has seen that there is no copy yet
+    return whole
+shared_memory._is_whole = looks
+"""
+
+
+def test_ranks_that_look_at_the_same_moment_do_not_wait_for_each_other_for_ever(
+    root: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "USER", SLOW_LOOK + USER)
+    users = [User(root, tiny_model) for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        copies = list(pool.map(lambda user: user.copy(), users, timeout=60))
+    assert len(set(copies)) == 1
+    for user in users:
+        user.end()
+
+
 def test_the_next_run_sweeps_what_nobody_was_left_to_remove_and_takes_up_what_it_can_use(
     root: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

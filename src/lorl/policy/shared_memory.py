@@ -25,6 +25,7 @@ WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
 _MANIFEST = "lorl-copy.json"
 _TICK_S = 0.5
 _GIB = 2**30
+_AGAIN_S = 0.05  # until a rank that found others at the lock comes to it again
 _held: dict[Path, int] = {}  # locks of this process, by copy
 
 
@@ -43,7 +44,11 @@ def shared(folder: Path) -> Path:
         with _opened(copy.with_suffix(".lock")) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)  # waits for whoever copies
             if not _is_whole(copy):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                try:  # not to wait for it: who got it first keeps a shared lock on the finished copy as long as it runs
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(_AGAIN_S)
+                    continue
                 if _is_current(copy.with_suffix(".lock"), lock) and not _is_whole(copy):
                     _make(copy, files)
                     _leave_remover(copy)
