@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import rich
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
+from _planned import InUse, plan_of
 from lorl import settings
 from lorl.config import RunConfig
 from lorl.experience import Outcome, Prompt
 from lorl.packing import pack
+from lorl.plan.render import as_text
 from lorl.policy.fold import fold
 from lorl.policy.load import TRAINED, load_tokenizer
 from lorl.policy.policy import Policy
@@ -340,7 +343,8 @@ def train_part(args: argparse.Namespace, folder: Path) -> None:
         return Worker(config, policy, engine)
 
     started = time.perf_counter()
-    train(config, Console(sys.stdout), start)
+    with InUse() as in_use:
+        train(config, Console(sys.stdout), start)
     table.show()
     seconds = time.perf_counter() - started
     print(f"\n{args.shape}, {device_name()}, {args.batch} x ({args.prompt} + {args.response}) tokens, {seconds:.0f} s")
@@ -349,11 +353,11 @@ def train_part(args: argparse.Namespace, folder: Path) -> None:
     for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         print("step", row["step"], *(f"{key.split('/')[1]}={row[key]:.4g}" for key in keys if key in row))
-    free, total = free_and_total()
     if not torch.cuda.is_available():
         return
     peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-    print(f"torch's peak {peak:.1f} GiB, reserved {reserved:.1f}; device {total / GIB:.1f}, free {free / GIB:.1f} GiB")
+    print(f"torch's peak {peak:.1f} GiB, reserved {reserved:.1f}; at most {in_use.gib:.1f} in use there. The plan:")
+    rich.print(as_text(plan_of(folder / "run" / "config.yaml"), None, []))
 
 
 def main() -> None:

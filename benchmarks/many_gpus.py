@@ -13,25 +13,18 @@ included), and the peak that `lorl plan` says.
 
 import argparse
 import json
-import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 from datasets import Dataset
 
+from _planned import InUse, nvidia_smi, plan_of
 from engine_gpu import LETTERS, SHAPES, device_name, model_folder
-from lorl import settings
-from lorl.parallel.sharding import shard_size
-from lorl.plan.choose import make_plan
-from lorl.plan.demand import demand_of
-from lorl.plan.hardware import GIB, Cluster, described_gpu
-from lorl.plan.layout import STRATEGIES, Layout
+from lorl.plan.hardware import GIB
 from scaling import REFERENCE
 
 COLUMNS = {
@@ -77,53 +70,12 @@ def measured(args: argparse.Namespace, folder: Path, name: str) -> str:
         statistics.median(row.get(key, float("nan")) for row in rows) if rows else float("nan")
         for key in COLUMNS.values()
     ]
-    planned = planned_gib(folder / name / "config.yaml") if metrics.parent.exists() else float("nan")
+    if metrics.parent.exists() and nvidia_smi("name"):
+        planned = plan_of(folder / name / "config.yaml").memory.peak / GIB
+    else:
+        planned = float("nan")
     cells = [f"{value:14.4g}" for value in [*medians, in_use.gib, planned]]
     return f"{name:8}{''.join(cells)}" + ("" if code == "0" else f"  ended with {code}")
-
-
-def planned_gib(config_yaml: Path) -> float:
-    """What `lorl plan` says that a GPU holds at most, in the layout that the run had."""
-    config = settings.load(config_yaml)
-    parallel, engine = config.parallel, 1 if config.rollout.engine == "torch" else shard_size(config)
-    strategy = next((one for one in STRATEGIES[1:] if one == parallel.strategy), None)
-    layout = Layout(strategy, shard_size(config), engine, parallel.param_offload) if strategy else Layout("ddp")
-    if not (found := nvidia_smi("name", "memory.total")):
-        return float("nan")
-    name, total = found[0]
-    gpu = described_gpu(name, int(total) * 2**20)
-    return make_plan(demand_of(config)[0], layout, Cluster(gpu, parallel.gpus, parallel.nodes)).memory.peak / GIB
-
-
-def nvidia_smi(*what: str) -> list[list[str]]:
-    """A row for each GPU that this process sees; memory is in MiB."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", f"--query-gpu={','.join(what)}", "--format=csv,noheader,nounits"]
-    if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command.append(f"--id={seen}")
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [[cell.strip() for cell in line.split(",")] for line in lines]
-
-
-class InUse:
-    """Looks twice a second at what is in use on the fullest GPU, while it is open."""
-
-    gib = 0.0  # the most
-
-    def __enter__(self) -> "InUse":
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.5):
-            self.gib = max([self.gib, *(int(used) / 1024 for (used,) in nvidia_smi("memory.used"))])
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 """A whole GRPO step on one GPU, beside its floor measured in the same process, and beside TRL's in another.
 
-    python benchmarks/step_gpu.py lorl     rollouts by vLLM on the shared base; the floor first, then the steps
+    python benchmarks/step_gpu.py lorl     rollouts by vLLM on the shared base; the floor after every step
     python benchmarks/step_gpu.py trl      TRL's GRPOTrainer with colocated vLLM, on the same work
 
 The work: prompts of 256 tokens, 8 answers each, of 512 tokens whatever the model says, on-policy, an adapter of rank 32
 on all linear layers, Qwen2.5's 1.5B shape with random bf16 weights. The floor is vLLM's own generation with the
 adapter, no log-probabilities, and a forward and backward pass over the same number of tokens packed in the same way: no
-rewards, no publish, no optimizer, no proof.
+rewards, no publish, no optimizer, no proof. It is measured after every step. Medians of all but the first.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from lorl.policy.load import TRAINED
 from lorl.policy.policy import Policy
 from lorl.rollout.vllm import shared
 from lorl.rollout.vllm.engine import VllmEngine
+from lorl.tracking.console import Console
 from lorl.worker import Worker
 
 SAMPLES = 8
@@ -73,9 +74,28 @@ def pass_floor(policy: Policy, args: argparse.Namespace, budget: int) -> float:
     return seconds
 
 
+class FloorBetweenSteps(Console):
+    """Measures a step's floor right after the step: a machine's processors are not as fast at all times."""
+
+    def __init__(self, args: argparse.Namespace, engines: list[tuple[Policy, VllmEngine]], budget: int) -> None:
+        super().__init__(sys.stdout)
+        self._args, self._engines, self._budget = args, engines, budget
+        self.generation: list[float] = []  # seconds after each step, as the passes'
+        self.passes: list[float] = []
+
+    def step(self, step: int, metrics: dict[str, float], total: int | None = None) -> None:
+        super().step(step, metrics, total)
+        if self._args.skip_floor:
+            return
+        policy, engine = self._engines[0]
+        engine.wake()
+        self.generation.append(generation_floor(engine, self._args, step))
+        engine.rest()
+        self.passes.append(pass_floor(policy, self._args, self._budget))
+
+
 def lorl_side(args: argparse.Namespace, folder: Path) -> None:
     from lorl.setup import train
-    from lorl.tracking.console import Console
 
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(args)))
     (folder / "rule.py").write_text("import random\ndef compute_score(*a, **k):\n    return random.random()\n")
@@ -86,32 +106,24 @@ def lorl_side(args: argparse.Namespace, folder: Path) -> None:
         "rollout.ignore_eos=true", f"reward.path='{folder / 'rule.py'}'", f"trainer.total_steps={args.steps}",
         "checkpoint.every_steps=null", f"run.dir='{folder}'", "run.name=run", *args.keys,
     ])  # fmt: skip
-    floor: list[float] = []
+    engines: list[tuple[Policy, VllmEngine]] = []
 
     def start(config: RunConfig, tokenizer: Any, tell: Any) -> Worker:
-        policy, engine = shared.policy_and_engine(config, tokenizer, tell)
-        if not args.skip_floor:
-            engine.publish(TRAINED, 0, policy.checksum(TRAINED))
-            generation = [generation_floor(engine, args, seed) for seed in range(4)][1:]  # as steps: not the first
-            engine.rest()
-            budget = config.parallel.microbatch_tokens
-            passes = [pass_floor(policy, args, budget) for _ in range(4)][1:]
-            print(f"floor: generation {generation}, packed pass {passes}", flush=True)
-            floor.extend([statistics.median(generation), statistics.median(passes)])
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        return Worker(config, policy, engine)
+        engines.append(shared.policy_and_engine(config, tokenizer, tell))
+        return Worker(config, *engines[0])
 
-    train(config, Console(sys.stdout), start)
+    console = FloorBetweenSteps(args, engines, config.parallel.microbatch_tokens)
+    train(config, console, start)
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     phases = {name: [row[f"time/{name}_s"] for row in metrics if row["step"]] for name in PHASES}
     print(f"\nlorl, {device_name()}, {args.prompts} x {SAMPLES}, {args.prompt} + {args.response} tokens, {args.shape}")
-    for name, seconds in phases.items():
-        print(f"{name:10} {statistics.median(seconds[1:]):6.2f} s   {[round(s, 2) for s in seconds]}")
-    print(f"mismatch   {metrics[-1]['rollout/mismatch']:.4f}")
-    if floor:
-        print(f"floor      {sum(floor):6.2f} s = {floor[0]:.2f} generation + {floor[1]:.2f} packed pass")
-        print(f"step / floor {statistics.median(phases['step'][1:]) / sum(floor):.3f}")
+    phases |= {"floor: gen": console.generation, "and pass": console.passes}
+    phases["floor"] = [sum(both) for both in zip(console.generation, console.passes, strict=True)]
+    ratios = [step / floor for step, floor in zip(phases["step"], phases["floor"], strict=False)]
+    for name, values in {**phases, "step/floor": ratios}.items():
+        if values:
+            print(f"{name:11} {statistics.median(values[1:]):6.3f}   {[round(value, 2) for value in values]}")
+    print(f"mismatch    {metrics[-1]['rollout/mismatch']:.4f}")
     report_memory()
 
 

@@ -20,6 +20,7 @@ SPARE_TOKENS = 512  # beyond the samples: a publish's proof
 MASTER_BYTES = 4  # float32, whatever the base's dtype
 GRADIENT_BYTES = 4
 ADAMW_BYTES = 8  # two float32 moments
+CUDA_GRAPHS = 2**30  # vLLM's graphs and their pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,12 @@ def slot_bytes(shape: Shape, lora: Lora, itemsize: int, slots: int, ways: int = 
     """vLLM's adapter slots; there is one for the head too."""
     head = lora.rank * (shape.hidden + shape.vocabulary // ways)
     return slots * itemsize * (lora.slot_parameters(ways) + head)
+
+
+def engine_bytes(shape: Shape, itemsize: int, tokens: int, rows: int, ways: int = 1) -> int:
+    """vLLM's graphs, the activations of its largest pass over `tokens`, and the logits of `rows` samples."""
+    wide = 2 * max(1, shape.ffn // ways) + 4 * shape.hidden + shape.queries // ways
+    return CUDA_GRAPHS + tokens * wide * itemsize + 3 * 4 * rows * shape.vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,9 @@ from dataclasses import dataclass, replace
 
 from lorl.plan import footprint
 from lorl.plan.demand import Demand
-from lorl.plan.hardware import GIB, RESERVE, Cluster
+from lorl.plan.hardware import RESERVE, Cluster
 from lorl.plan.host import host_rows
 from lorl.plan.layout import GATHERED_LAYERS, Layout
-
-CUDA_GRAPHS = 1 * GIB  # vLLM's graphs and their pool; see ENGINE in lorl.plan.measured
 
 ACTIVATIONS = "activations of a micro-batch"
 GATHERED = "gathered layers of the base"
@@ -88,7 +86,8 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool
     moments = 0 if demand.optimizer_offload else learning * lora.parameters * footprint.ADAMW_BYTES
     vllm = demand.engine == "vllm"
     slots = footprint.slot_bytes(shape, lora, n, demand.slots, layout.engine) if vllm else 0
-    engine = _engine_bytes(demand, layout) if vllm else 0
+    rows = min(demand.concurrent, demand.prompts * demand.samples)
+    engine = footprint.engine_bytes(shape, n, demand.engine_tokens, rows, layout.engine) if vllm else 0
     reserve = int(RESERVE * cluster.gpu.memory)
     rows = [
         Row("base", base, base),
@@ -181,11 +180,3 @@ def _gathered(demand: Demand, layout: Layout) -> tuple[int, int]:
 def _gathered_in_decoding(demand: Demand, layout: Layout) -> int:
     """The embedded engine's passes over the base are as the trainer's."""
     return max(_gathered(demand, layout)) if demand.engine == "torch" else 0
-
-
-def _engine_bytes(demand: Demand, layout: Layout) -> int:
-    """vLLM's graphs, the activations of its largest pass, and its logits."""
-    shape, n = demand.shape, demand.itemsize
-    wide = 2 * max(1, shape.ffn // layout.engine) + 4 * shape.hidden + shape.queries // layout.engine
-    logits = 3 * 4 * min(demand.concurrent, demand.prompts * demand.samples) * shape.vocabulary
-    return CUDA_GRAPHS + demand.engine_tokens * wide * n + logits

@@ -93,6 +93,7 @@ def asked(**changed: float | str | None) -> Budget:
         "free": 79,
         "base": 3,
         "adapters": 1,
+        "engine": 0,
         "training": 20,
         "smallest": 1,
         "fullest": 70,
@@ -105,6 +106,7 @@ def test_by_default_the_cache_takes_what_rollouts_fill_or_four_tenths_of_the_dev
     assert asked() == Budget(32 * GIB, rests=False)
     small = asked(base=60, training=10)  # 79 - 60 - 1 - 2.4
     assert small.kv_bytes == pytest.approx(15.6 * GIB, rel=1e-6)
+    assert small.kv_bytes - asked(base=60, training=10, engine=2).kv_bytes == 2 * GIB  # vLLM's graphs and buffers
     assert asked(fullest=6) == Budget(6 * GIB, rests=False)  # what no rollout fills is left to training
 
 

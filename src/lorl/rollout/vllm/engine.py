@@ -11,8 +11,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from lorl.errors import InfrastructureError
+from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Completion
+from lorl.plan.hardware import GIB
 from lorl.policy.fold import fold
 from lorl.policy.policy import Policy
 from lorl.policy.shards import Sharers
@@ -22,6 +23,8 @@ from lorl.rollout.vllm import slots
 from lorl.rollout.vllm.launch import WAITING
 from lorl.rollout.vllm.sampler import CountedSampler
 from lorl.rollout.vllm.versions import Inside
+
+_CUDA_PAGE = 2 * 2**20  # what device memory is mapped in
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ class VllmEngine:
         if not self._resting:
             return
         if self._policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # what training freed goes back to the device: the cache is mapped there
+            self._make_room()
             self._inside.engine.wake_up()
         else:
             for storage, size in self._storages:
@@ -196,8 +199,24 @@ class VllmEngine:
         self._closed = False
         self._storages: list[tuple[Any, int]] = []
 
-    def _any_rank(self, says: bool) -> bool:
-        return says if self._sharers is None else any(self._sharers.values(says, "the proof of a publish"))
+    def _make_room(self) -> None:
+        """Gives what training freed back to the device, where the cache is to be mapped. Raises UserError, on all ranks
+        of the engine, where that is too little: vLLM would stop halfway."""
+        caches, device = self._caches(), self._policy.device
+        needed = sum(cache.untyped_storage().nbytes() + _CUDA_PAGE for cache in caches)
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(device)[0] < needed:
+            gc.collect()  # what failed on the way may be held by its traceback
+            torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        if self._any_rank(free < needed, "whether the KV cache can wake"):
+            raise UserError(
+                f"the KV cache of {needed / GIB:.1f} GiB cannot wake: training left {free / GIB:.1f} GiB free on "
+                f"{device}; set rollout.memory_fraction below {min(free, needed) / total:.2f}"
+            )
+
+    def _any_rank(self, says: bool, what: str = "the proof of a publish") -> bool:
+        return says if self._sharers is None else any(self._sharers.values(says, what))
 
     def _caches(self) -> list[Tensor]:
         return self._inside.kv_caches()

@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from lorl.config import RunConfig
 from lorl.errors import InfrastructureError, UserError
+from lorl.plan.demand import ENGINE_TOKENS
 from lorl.policy.load import weights_path
 from lorl.rollout.vllm.versions import Inside, prepare
 
@@ -64,13 +65,17 @@ def graph_sizes(most: int) -> list[int]:
     return sorted({size for power in powers for size in (power, power * 3 // 2) if size <= most} | {most})
 
 
+def batched_tokens(config: RunConfig) -> int:
+    """Tokens in one pass of vLLM."""
+    return config.rollout.max_batched_tokens or max(ENGINE_TOKENS, config.rollout.max_concurrent)
+
+
 def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Shape, **extra: Any) -> Inside:
     """A running vLLM engine. `extra` goes to vLLM's EngineArgs."""
     prepare(cpu=device.type == "cpu")
     from vllm import EngineArgs, LLMEngine  # pyright: ignore[reportMissingImports]
 
     rollout, path = config.rollout, weights_path(config.model)
-    batched = rollout.max_batched_tokens or max(8192, rollout.max_concurrent)
     arguments: dict[str, Any] = {
         "model": path,
         "tokenizer": path,
@@ -81,7 +86,7 @@ def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Sh
         "seed": config.seed % 2**31,
         "max_model_len": shape.max_tokens,
         "max_num_seqs": rollout.max_concurrent,
-        "max_num_batched_tokens": batched,
+        "max_num_batched_tokens": batched_tokens(config),
         "enable_prefix_caching": rollout.prefix_caching,
         "enforce_eager": rollout.enforce_eager or device.type == "cpu",
         "kv_cache_memory_bytes": shape.kv_bytes,

@@ -26,6 +26,7 @@ def budget(
     free: int,
     base: int,
     adapters: int,
+    engine: int,
     training: int,
     fraction: float | None,
     smallest: int,
@@ -36,7 +37,7 @@ def budget(
 
     Args:
         total, free: the device's memory, and what of it nobody holds yet.
-        base: the frozen weights; adapters: masters, optimizer state and slots.
+        base: the frozen weights; adapters: masters, optimizer state and slots; engine: vLLM's graphs and buffers.
         training: the largest forward and backward pass.
         fraction: `rollout.memory_fraction` of `total` for the KV cache; None: the least of what rollouts can fill, 0.4,
             and what fits.
@@ -46,7 +47,7 @@ def budget(
     Raises:
         UserError: it cannot fit, with the largest fraction that does.
     """
-    room = free - base - adapters - int(RESERVE * total)
+    room = free - base - adapters - engine - int(RESERVE * total)
     if room < training:
         raise UserError(
             f"the base ({_gib(base)}) and a training pass ({_gib(training)}) do not fit the device's {_gib(free)}; "
@@ -69,11 +70,11 @@ def budget(
         )
         if rest == "never":
             advice += ", or rollout.rest=auto"
+        held = f"the base ({_gib(base)}), adapters ({_gib(adapters)}), vLLM's graphs and buffers ({_gib(engine)})"
         raise UserError(
-            f"rollout.memory_fraction asks for {_gib(cache.wanted)} of KV cache: beside the base ({_gib(base)}), "
-            f"adapters ({_gib(adapters)}) and what training needs ({_gib(training)}), at most "
-            f"{_gib(max(cache.most, 0))} of the device's {_gib(total)} are free, and one sample takes "
-            f"{_gib(smallest)}; {advice}."
+            f"rollout.memory_fraction asks for {_gib(cache.wanted)} of KV cache: beside {held} and what training needs "
+            f"({_gib(training)}), at most {_gib(max(cache.most, 0))} of the device's {_gib(total)} are free, and one "
+            f"sample takes {_gib(smallest)}; {advice}."
         )
     return Budget(cache.wanted, cache.rests)
 
@@ -112,6 +113,11 @@ def adapter_bytes(
     masters = learning * footprint.adapter_bytes(lora.parameters, learns=True)
     masters += frozen * footprint.adapter_bytes(lora.parameters, learns=False)
     return masters + footprint.slot_bytes(shape, lora, itemsize, slots, ways)
+
+
+def engine_bytes(config: Any, tokens: int, rows: int, *, itemsize: int, ways: int = 1) -> int:
+    """vLLM's graphs and buffers on a GPU, with passes over `tokens` tokens and `rows` samples at once."""
+    return footprint.engine_bytes(Shape.of(config), itemsize, tokens, rows, ways)
 
 
 def moment_bytes(config: Any, rank: int) -> int:

@@ -23,6 +23,7 @@ from lorl.rollout.vllm.memory import (
     GIB,
     adapter_bytes,
     budget,
+    engine_bytes,
     kv_bytes_per_token,
     moment_bytes,
     training_bytes,
@@ -138,11 +139,15 @@ def shape_of(
     if device.type == "cpu":
         fraction = fraction or max(min(0.4, _CPU_KV_BYTES / total), smallest / total)
     adapters, training = _adapter_and_training_bytes(config, text, device, dtype, rank, ways)
+    rows = min(config.rollout.max_concurrent, config.data.prompts_per_step * config.rollout.n)
+    batched = launch.batched_tokens(config)
+    on_gpu = device.type == "cuda"
     found = budget(
         total=total,
         free=free,
         base=base,
         adapters=adapters,
+        engine=engine_bytes(text, batched, rows, itemsize=dtype.itemsize, ways=ways) if on_gpu else 0,
         training=gathered + training,
         fraction=fraction,
         smallest=smallest,
