@@ -21,7 +21,7 @@ from lorl.config import AdapterConfig
 from lorl.experience import Completion, Forest, Outcome, Prompt
 from lorl.packing import cut, pack, select
 from lorl.policy import adapters, attention, lora
-from lorl.policy.load import TRAINED
+from lorl.policy.load import TRAINED, kept_bytes
 from lorl.policy.policy import Policy
 
 VOCABULARY = 151_936
@@ -95,7 +95,7 @@ def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool) -> Pol
     if not eager:
         from lorl.policy import layers
 
-        layers.install(base, compiled=True, recompute=recompute)
+        layers.install(base, compiled=True, recompute=recompute, kept=kept_bytes(base, AdapterConfig(rank=32)))
     policy = Policy(peft, None, trained=TRAINED)  # type: ignore[arg-type]  # the tokenizer is not asked
     generator = torch.Generator("cuda").manual_seed(1)
     for name, parameter in policy.parameters(TRAINED).items():

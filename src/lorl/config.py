@@ -104,6 +104,10 @@ class RolloutConfig(Section):
     )
     adapter_slots: PositiveInt = Field(default=1, description="vllm: adapters that are live at once")
     enforce_eager: bool = Field(default=False, description="vllm: no CUDA graphs: starts sooner, samples slower")
+    compile: bool = Field(
+        default=False,
+        description="vllm: compile the model too, and capture graphs of passes that read prompts: starts minutes later",
+    )
     prefix_caching: bool = Field(default=True, description="vllm: keep the KV cache of common beginnings")
     max_batched_tokens: PositiveInt | None = Field(default=None, description="vllm: tokens in one pass; null: 8192")
     rest: Literal["auto", "always", "never"] = Field(

@@ -43,6 +43,7 @@ class Worker:
         self._rollouts = Rollouts(engine, config.rollout.retries if ranks_per_engine(config) == 1 else 0)
         self._version = 0
         self._publish_s = 0.0
+        self._peak = 0  # bytes that torch held on this rank's GPU at most
         objective = Objective.of(config)
         if config.algorithm.kl_coef > 0 and objective.kl.needs_logits and not policy.plain_head:
             raise UserError(
@@ -60,10 +61,12 @@ class Worker:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None
     ) -> Generator[Completion]:
+        self._mark_peak()
         try:
             yield from self._rollouts.generate(requests, sampling, adapter=adapter)
             self._group.drain()
         finally:
+            self._mark_peak()
             self._engine.rest()
 
     def publish(self) -> int:
@@ -75,6 +78,7 @@ class Worker:
                 f"the ranks' adapters differ after version {self._version - 1}: their checksums are {', '.join(held)}; "
                 "ranks of one run need the same hardware and software"
             )
+        self._mark_peak()
         self._publish_s = self._rollouts.publish(TRAINED, self._version, checksum)
         self._group.drain()  # a proof makes more passes where a distance is measured again
         return self._version
@@ -139,7 +143,8 @@ class Worker:
         if self._critic is not None:
             self._critic.update(experience, step, report)
         counts = [report.trained_tokens * self._group.leads, self._rollouts.take_rebuilt()]
-        found = self._group.gather([*counts, self._peak_gib()], "counts")
+        self._mark_peak()
+        found = self._group.gather([*counts, self._peak / 2**30], "counts")
         tokens, rebuilt, peaks = zip(*found, strict=True)
         report.trained_tokens = sum(tokens)
         if any(peaks):
@@ -176,10 +181,13 @@ class Worker:
     def close(self) -> None:
         self._engine.close()
 
-    def _peak_gib(self) -> float:
-        """The most that torch held on this rank's GPU so far; 0 on a CPU."""
+    def _mark_peak(self) -> None:
+        """Notes the most that torch held on this rank's GPU since the last call; called before the engine rests or
+        wakes, since torch counts a cache that rests as allocated."""
         device = self._policy.device
-        return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+        if device.type == "cuda":
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(device) - self._engine.resting_bytes)
+            torch.cuda.reset_peak_memory_stats(device)
 
     def _read(
         self, experience: Experience, read: Callable[[Forest], Tensor], call: str, rows: tuple[int, ...] = ()

@@ -19,13 +19,14 @@ pytestmark = [
 BOUND = 0.05  # mean |log-probability difference| of two bfloat16 implementations
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+@pytest.fixture(scope="module", params=["eager", "graphs"])
+def engine(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Opened]:
     shape = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
     model = save_model(
         tmp_path_factory.mktemp("models") / "llama", num_hidden_layers=4, initializer_range=0.05, **shape
     )
-    keys = ["model.device=cuda", "rollout.memory_fraction=0.05", "rollout.rest=always", "rollout.enforce_eager=true"]
+    keys = ["model.device=cuda", "rollout.memory_fraction=0.05", "rollout.rest=always"]
+    keys.append(f"rollout.enforce_eager={str(request.param == 'eager').lower()}")
     with opened(model, *keys) as found:
         yield found
 

@@ -52,6 +52,11 @@ class Engine(Protocol):
         """Gives the KV cache's memory back. The base does not move."""
         ...
 
+    @property
+    def resting_bytes(self) -> int:
+        """GPU memory that `rest` gave back and torch still counts as allocated."""
+        ...
+
     def wake(self) -> None:
         """Takes it again. `generate` does so by itself."""
         ...

@@ -84,6 +84,10 @@ class TorchEngine:
     def rest(self) -> None:
         """Nothing to give back: the cache lives only inside `generate`."""
 
+    @property
+    def resting_bytes(self) -> int:
+        return 0  # its cache is a tensor that is let go
+
     def wake(self) -> None:
         """Nothing to take."""
 

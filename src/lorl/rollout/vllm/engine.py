@@ -151,6 +151,12 @@ class VllmEngine:
                 storage.resize_(0)
         self._resting = True
 
+    @property
+    def resting_bytes(self) -> int:
+        if not self._resting or self._policy.device.type != "cuda":
+            return 0
+        return sum(cache.untyped_storage().nbytes() for cache in self._caches())
+
     def wake(self) -> None:
         if not self._resting:
             return

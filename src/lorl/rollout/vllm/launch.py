@@ -65,6 +65,13 @@ def graph_sizes(most: int) -> list[int]:
     return sorted({size for power in powers for size in (power, power * 3 // 2) if size <= most} | {most})
 
 
+def compilation(config: RunConfig) -> dict[str, Any]:
+    """vLLM's CompilationConfig on a GPU: by default graphs of decoding steps and nothing compiled, which starts several
+    times sooner and decodes as fast ("Starting vLLM" in docs/performance.md)."""
+    graphs: dict[str, Any] = {"cudagraph_capture_sizes": graph_sizes(config.rollout.max_concurrent)}
+    return graphs if config.rollout.compile else graphs | {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+
+
 def batched_tokens(config: RunConfig) -> int:
     """Tokens in one pass of vLLM."""
     return config.rollout.max_batched_tokens or max(ENGINE_TOKENS, config.rollout.max_concurrent)
@@ -98,7 +105,7 @@ def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Sh
         "use_tqdm_on_load": False,
     }
     if device.type == "cuda":
-        arguments["compilation_config"] = {"cudagraph_capture_sizes": graph_sizes(rollout.max_concurrent)}
+        arguments["compilation_config"] = compilation(config)
     if device.type == "cuda" and shape.can_rest:
         arguments |= {"enable_sleep_mode": True, "worker_cls": "lorl.rollout.vllm.worker.RestingWorker"}
     try:
