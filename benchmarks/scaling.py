@@ -177,8 +177,9 @@ def _scaling() -> Iterator[str]:
         )
     yield _prose(
         """"Mostly" is the largest single cause: "products" are matrix products, "memory" the reading of weights and
-        keys, "host" what vLLM's loop costs in each decoding step, "Python" the launching of a pass's kernels,
-        "links" what moves between GPUs. Adapters have the only gradients, so that their all-reduce and the publish,
+        keys, "kernels" the small ones of a decoding step, "host" what vLLM's loop costs in it, "Python" the launching
+        of a pass's kernels, "links" what moves between GPUs. Adapters have the only gradients, so that their all-reduce
+        and the publish,
         which are in the step's seconds, never dominate, not even across nodes. The update scales; a rollout is
         never shorter than its longest answer, which is why a step stops getting faster long before a link is busy:
         more GPUs want more samples a step. Efficiencies above 100% are those of a model that leaves a single GPU
@@ -221,17 +222,16 @@ def _rates() -> Iterator[str]:
     yield "## What the figures rest on"
     yield _prose(
         """Bytes: `tests/plan` holds the formulas to what autograd saves and torch allocates on the CPU (Llama, Qwen2,
-        Qwen3 and Gemma 3 layers, several ranks and targets, layers kept and computed again) and to what an H100 was
-        seen to take at 1.5B, each within 10%; and what is offloaded to what the offloading code holds on the CPU. On a
-        GPU's host it is pinned, which torch's allocator does in powers of two. Which tensors compiled layers keep was
-        inferred from that H100, so that other widths are an extrapolation, and with more than one GPU nothing was
-        measured yet. Seconds, from one H100 at 1.5B with rank 32 where it does not say "assumed":"""
+        Qwen3 and Gemma 3 layers, several ranks and targets, layers kept and computed again) and to what runs were
+        seen to take on one H100 at 1.5B, 7B and 32B and over four H200s at 32B, each within 10%; and what is offloaded
+        to what the offloading code holds on the CPU. On a GPU's host it is pinned, which torch's allocator does in
+        powers of two. More than four GPUs, more than one node and 72B were never run. Seconds, from the same runs with
+        rank 32 where it does not say "assumed":"""
     )
     yield "\n".join(_sources())
     yield _prose(
         """Not in the seconds: rewards, evaluation, checkpoints, start-up, compilation, and the KV cache's memory given
-        back and taken again. Wider models reach a larger share of the data sheet's rate than 1.5B does, so that
-        their updates should take less than it says here."""
+        back and taken again."""
     )
 
 

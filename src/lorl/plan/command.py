@@ -11,6 +11,8 @@ from lorl.plan.demand import Demand, Engine, demand_of
 from lorl.plan.hardware import Cluster, make_cluster
 from lorl.plan.layout import STRATEGIES, Layout, Strategy, vllm_sizes
 from lorl.plan.render import as_dict, as_text
+from lorl.plan.seconds import training_share
+from lorl.plan.shape import Shape
 
 if TYPE_CHECKING:
     from lorl.config import RunConfig
@@ -48,7 +50,7 @@ def run(
     if plan.demand.engine != demand.engine:
         why = "with parallel.param_offload=true vLLM has no base to read"
         notes.append(f"the embedded engine samples: {why if plan.layout.streamed else 'with vLLM no layout fits'}")
-    notes.append(_utilisation(cluster))
+    notes.append(_utilisation(cluster, demand.shape))
     if as_json:
         sys.stdout.write(json.dumps(as_dict(plan, change, notes)) + "\n")
     else:
@@ -90,11 +92,11 @@ def _strategy(name: str) -> Strategy | None:
     raise UserError(f"--strategy {name}: {nearest(name, ['auto', *STRATEGIES])}")
 
 
-def _utilisation(cluster: Cluster) -> str:
+def _utilisation(cluster: Cluster, shape: Shape) -> str:
     from lorl.plan import measured
 
     return (
-        f"{cluster.gpu.name} at {measured.TRAINING_SHARE:.0%} of its bfloat16 rate in training, "
-        f"{measured.SCORING_SHARE:.0%} in scoring (measured on an H100 at 1.5B), links at {measured.LINK_SHARE:.0%} "
-        "(not measured)"
+        f"{cluster.gpu.name} at {training_share(shape.hidden):.0%} of its bfloat16 rate in training, "
+        f"{measured.SCORING_SHARE:.0%} in scoring (measured on H100s), links at {measured.LINK_SHARE:.0%} (not "
+        "measured)"
     )

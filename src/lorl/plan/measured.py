@@ -1,34 +1,44 @@
-"""Rates that were measured, which the plan's seconds rest on; each with its source. All on one H100 at 1.5B, rank 32.
+"""Rates that were measured, which the plan's seconds rest on, each with its source in docs/performance.md; at rank 32.
 
 They are shares of the data sheet's figures, so that another GPU or another width gets an estimate, and a GPU that was
 measured gets back what was measured. `tests/plan` holds the plan to the sources' own numbers.
 """
 
-TRAINING_SHARE = 0.34
-"""Of the dense bfloat16 rate, forward and backward: 50,536 packed tokens a second in micro-batches of 17,408
-(docs/performance.md, "The training pass on the GPU")."""
+TRAINING_SHARES = ((1536, 0.35), (3584, 0.47), (5120, 0.45))
+"""Of the dense bfloat16 rate, forward and backward, by hidden size (between these in proportion, beyond them as the
+nearest): updates of 1.5B, 7B and 32B on an H100 in 2.67, 2.17 and 15.3 s ("The plan beside what was measured"). Wider
+products fill the GPU better; at 32B layers were computed again."""
 
 SCORING_SHARE = 0.31
-"""Of the same, forward alone: 96,000 packed tokens a second (same place)."""
+"""Of the same, forward alone, at 1.5B: 96,000 packed tokens a second ("The training pass on the GPU")."""
 
 PASS_SECONDS_A_LAYER = 0.185 / 28
 """Of Python in a training pass, whatever its size: "a pass costs about 185 ms of Python" at 28 layers (same place). A
 pass without gradient is taken for a third of it."""
 
-DECODE_SECONDS = 7.2e-3
-"""Of the host in each decoding step of an engine: what a step of 256 sequences takes (25,277 tokens a second folded,
-with log-probabilities, 256 + 512 tokens: docs/performance.md, "vLLM on the trainer's weights") beyond the reading of
-weights and keys at HBM_SHARE."""
+HOST_SECONDS_A_SAMPLE = 32e-6
+"""Of vLLM's own loop in each decoding step: 8.2 ms at 256 samples, while the GPU needs 6.1 ("Where a decoding step's
+time goes"). vLLM prepares a step while the GPU works on the last one, so that the longer of the two counts."""
 
 HBM_SHARE = 0.7
-"""Of the memory's rate when decoding reads weights and keys. Assumed; only its sum with DECODE_SECONDS was measured."""
+"""Of the memory's rate when decoding reads weights and keys. Assumed; with the two below it gives the steps of 1.5B,
+7B and 32B on an H100: 6.1 ms of GPU time at 256 samples, 9.1 and 36 ms at 64 (same places)."""
+
+LAYER_SECONDS = 43e-6
+"""Of the GPU in each layer of a decoding step beside that, whatever the batch: the adapter's and other small kernels.
+Fitted to the same three."""
+
+LAYER_SECONDS_A_SAMPLE = 0.27e-6
+"""The same, for each sample. Fitted to the same three."""
 
 PUBLISH_SECONDS_A_LAYER = 0.204 / 28
-"""Of a publish and its proof: 1 ms to copy, 8 ms to compare slots and 195 ms to compare answers, at 28 layers (same
-place)."""
+"""Of a publish and its proof: 1 ms to copy, 8 ms to compare slots and 195 ms to compare answers, at 28 layers ("vLLM on
+the trainer's weights")."""
 
 LINK_SHARE = 0.8
-"""Of a link's rate in large collectives. Assumed, not measured: no machine with two GPUs was at hand."""
+"""Of a link's rate in large collectives. Assumed, not measured."""
 
-COLLECTIVE_SECONDS = 12e-6
-"""Of a small all-reduce within a node, which tensor-parallel decoding does twice a layer. Assumed, not measured."""
+COLLECTIVE_SECONDS = 65e-6
+"""Of an all-reduce within a node, which tensor-parallel decoding does twice a layer, beside what its bytes take: what
+the figures above leave of 36 ms a decoding step, 32B over four H200s at 320 samples ("32B on four GPUs"). How much of
+it is the all-reduce itself (NCCL's: vLLM's own is off) was not looked into."""

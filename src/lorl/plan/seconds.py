@@ -6,6 +6,8 @@ What is not in them: rewards (they run while the rollout does), evaluation, chec
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from lorl.plan import footprint, measured, traffic
 from lorl.plan.demand import Demand
 from lorl.plan.hardware import Cluster
@@ -66,6 +68,12 @@ def training_operations(demand: Demand, *, gradient: bool, recompute: bool) -> f
     return 2 * base + 3 * adapter + 3.5 * attention + (2 + demand.entropy) * head + again
 
 
+def training_share(hidden: int) -> float:
+    """Of a GPU's dense bfloat16 rate that forward and backward passes of layers of this width reach."""
+    widths, shares = zip(*measured.TRAINING_SHARES, strict=True)
+    return float(np.interp(hidden, widths, shares))
+
+
 def _passes(demand: Demand, cluster: Cluster) -> int:
     """Micro-batches of a rank in one pass over the step."""
     return max(1, math.ceil(demand.packed_tokens / cluster.world / demand.microbatch(cluster.world)))
@@ -75,7 +83,7 @@ def _pass(demand: Demand, layout: Layout, cluster: Cluster, *, gradient: bool, r
     """One micro-batch: products, launches from Python, gathers of the base and activations on their way to the host
     overlap. Ranks that split it wait for what they exchange, and a layer's backward pass for its activations."""
     tokens = demand.packed_tokens / cluster.world / _passes(demand, cluster)
-    share = measured.TRAINING_SHARE if gradient else measured.SCORING_SHARE
+    share = training_share(demand.shape.hidden) if gradient else measured.SCORING_SHARE
     operations = tokens * training_operations(demand, gradient=gradient, recompute=recompute)
     python = measured.PASS_SECONDS_A_LAYER * demand.shape.layers * (1 if gradient else 1 / 3)
     causes = {"products": operations / (share * cluster.gpu.flops), "Python": python}
@@ -136,12 +144,14 @@ def _rollout(demand: Demand, layout: Layout, cluster: Cluster, held: Memory) -> 
     """Each engine's share of the answers, in as many waves as its cache and `max_concurrent` make of them.
 
     The longest answer is as long as allowed; a step reads the weights once, and the keys of the answers that run. The
-    embedded engine's steps bring together what the trainer's passes do."""
+    host prepares a step while the GPU is at the last one. The embedded engine's steps bring together what the trainer's
+    passes do."""
     shape, gpu, ways = demand.shape, cluster.gpu, layout.engine
     engines = cluster.world // ways
     answers = math.ceil(demand.prompts * demand.samples / engines)
     per_token = footprint.kv_bytes(shape, demand.itemsize, ways)
-    capacity = max(1, held.cache.wanted // (per_token * (demand.prompt_tokens + demand.response_tokens)))
+    own = demand.prompt_tokens / demand.samples + demand.response_tokens  # a prompt's samples share its keys
+    capacity = max(1, int(held.cache.wanted / (per_token * own)))
     running = max(1, min(answers, demand.concurrent, capacity))
     steps = max(demand.longest_response, math.ceil(answers * demand.response_tokens / running))
     weights = shape.parameters * demand.itemsize / ways
@@ -151,16 +161,21 @@ def _rollout(demand: Demand, layout: Layout, cluster: Cluster, held: Memory) -> 
     operations = 2 * shape.layers * shape.linear_parameters / ways
     products = prompts * operations / (measured.SCORING_SHARE * gpu.flops)
     decoding = answers * demand.response_tokens * operations / (measured.SCORING_SHARE * gpu.flops)
-    serial = {"host": steps * measured.DECODE_SECONDS, "prefill": products}
-    overlapping = {"memory": max(reading, decoding)}
+    layers = measured.LAYER_SECONDS + running * measured.LAYER_SECONDS_A_SAMPLE
+    device = {"memory": max(reading, decoding), "kernels": steps * shape.layers * layers}
+    overlapping: dict[str, float] = {}
     if demand.engine == "torch":
         gathers = _gathers(demand, layout, cluster, gradient=False)
-        overlapping |= {cause: steps * seconds for cause, seconds in gathers.items()}
+        overlapping = {cause: steps * seconds for cause, seconds in gathers.items()}
     if ways > 1:
         size = 2 * answers * demand.response_tokens * shape.hidden * demand.itemsize * (ways - 1) / ways
         moved = size / _rate(cluster, ways)
-        serial["links"] = 2 * shape.layers * (steps * measured.COLLECTIVE_SECONDS + moved)
-    return _Cost(overlapping, serial)
+        device["links"] = 2 * shape.layers * (steps * measured.COLLECTIVE_SECONDS + moved)
+    overlapping |= {
+        "host": steps * running * measured.HOST_SECONDS_A_SAMPLE,
+        max(device, key=lambda cause: device[cause]): sum(device.values()),
+    }
+    return _Cost(overlapping, {"prefill": products})
 
 
 def _publish(demand: Demand) -> PhaseSeconds:
