@@ -10,7 +10,7 @@ from lorl.config import RunConfig
 from lorl.errors import InfrastructureError, UserError
 from lorl.plan.demand import ENGINE_TOKENS
 from lorl.policy.load import weights_path
-from lorl.rollout.vllm.versions import Inside, prepare
+from lorl.rollout.vllm.versions import Inside
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has kernels for; a slot of the next larger one is taken
 WAITING = 64  # samples beyond the running ones that vLLM is given, so that a finished one is replaced at once
@@ -78,8 +78,7 @@ def batched_tokens(config: RunConfig) -> int:
 
 
 def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Shape, **extra: Any) -> Inside:
-    """A running vLLM engine. `extra` goes to vLLM's EngineArgs."""
-    prepare(cpu=device.type == "cpu")
+    """A running vLLM engine, after `versions.prepare`. `extra` goes to vLLM's EngineArgs."""
     from vllm import EngineArgs, LLMEngine  # pyright: ignore[reportMissingImports]
 
     rollout, path = config.rollout, weights_path(config.model)

@@ -105,6 +105,7 @@ def _open(
     device = pick_device(config.model)
     dtype = pick_dtype(config.model, device)
     launch.check_mode(mode, device, dtype, parts=sharers is not None)
+    versions.prepare(cpu=device.type == "cpu")
     lora = adapters.configured(config.adapter)
     model = empty_model(config.model, dtype)
     spread = None

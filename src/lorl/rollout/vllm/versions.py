@@ -67,7 +67,9 @@ def prepare(*, cpu: bool) -> None:
         os.environ[name] = value
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own affair, not the user's
+    # Its own affairs, not the user's; torch says the second of what vLLM calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     if cpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads are the engine's
         import vllm._custom_ops as ops  # pyright: ignore[reportMissingImports]
