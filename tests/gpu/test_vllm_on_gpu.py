@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lorl.errors import UserError
 from lorl.policy.load import TRAINED
 from lorl.policy.sharing import Weights, unshared_bytes
 from lorl.rollout.engine import Sampling
@@ -58,8 +59,23 @@ def test_resting_gives_memory_back_and_waking_takes_it(engine: Opened) -> None:
     where = addresses(engine.policy)
     engine.engine.rest()
     assert torch.cuda.mem_get_info()[0] - awake > 0.04 * torch.cuda.mem_get_info()[1]
+    assert engine.engine.resting_bytes > 0.04 * torch.cuda.mem_get_info()[1]
     assert [c.tokens for c in run(engine.engine, None, sampling)] == [c.tokens for c in before]
     assert addresses(engine.policy) == where
+    assert engine.engine.resting_bytes == 0
+
+
+def test_a_cache_that_cannot_wake_says_how_large_it_may_be(engine: Opened) -> None:
+    sampling = Sampling(max_tokens=8, ignore_eos=True, temperature=0.0)
+    before = run(engine.engine, None, sampling)
+    engine.engine.rest()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    held = torch.empty(int(free - 0.02 * total), dtype=torch.uint8, device="cuda")  # the cache wants 0.05
+    with pytest.raises(UserError, match=r"cannot wake.*set rollout\.memory_fraction below 0\.0\d"):
+        run(engine.engine, None, sampling)
+    del held
+    assert [c.tokens for c in run(engine.engine, None, sampling)] == [c.tokens for c in before]
 
 
 def test_rebuilt_over_the_same_weights(engine: Opened) -> None:
