@@ -3,7 +3,7 @@
     GPUs            the simplest layout that fits their memory and is about as fast as the fastest (`lorl.plan.choose`)
     CPU processes   ddp, unless a node's ranks need more memory together than is free there: then the first that fits
 
-Which layouts there are is asked of the schema, of `start.check_combination` and of what vLLM says of its kernels, so
+Which layouts there are is asked of the schema, of `check_combination` and of what vLLM says of its kernels, so
 that a strategy that they learn is chosen here as well.
 """
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from lorl.config import ParallelConfig, RunConfig
 from lorl.errors import UserError
-from lorl.parallel.start import check_combination
+from lorl.parallel.combinations import check_combination
 from lorl.plan.choose import ABOUT, Plan, choose, make_plan
 from lorl.plan.demand import Demand, Engine, demand_of
 from lorl.plan.hardware import GIB, Cluster, described_gpu
