@@ -9,7 +9,7 @@ that a strategy that they learn is chosen here as well.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,12 +134,8 @@ def _with(config: RunConfig, layout: Layout, engine: Engine) -> RunConfig:
 
 
 def _demand(config: RunConfig, device: Device) -> Demand:
-    demand, _ = demand_of(config, Shape.of(load_shape(config.model)))
-    if device.gpu is not None:
-        return demand
-    itemsize = 4 if config.model.dtype == "auto" else demand.itemsize
-    at_hand = dict.fromkeys(("offload", "optimizer_offload", "activation_offload"), False)
-    return replace(demand, itemsize=itemsize, recompute=demand.recompute is True, **at_hand)
+    kind = "cpu" if device.gpu is None else "cuda"
+    return demand_of(config, Shape.of(load_shape(config.model)), device=kind)[0]
 
 
 def _engines_here(device: Device) -> tuple[Engine, ...]:
