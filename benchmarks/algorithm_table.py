@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "slow"))
 import learning_cases
 from algorithm_checks import CHECKS, Errors, worst
 
-from lorl.algorithms.registry import available
+from lorl.algorithms.catalogue import available
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEADINGS = {

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorl import settings
+from lorl.algorithms.catalogue import available
 from lorl.algorithms.correction import PRESETS
-from lorl.algorithms.registry import available
 from lorl.errors import UserError
 from lorl.policy.load import TRAINED
 from lorl.rewards.pool import RewardPool

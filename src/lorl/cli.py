@@ -200,7 +200,7 @@ def algorithms(words: _Overrides = None) -> None:
     from lorl import settings
 
     path = settings.load(*_split(words)).algorithm.path
-    from lorl.algorithms.registry import available
+    from lorl.algorithms.catalogue import available
     from lorl.user_code import import_algorithms
 
     if path is not None:

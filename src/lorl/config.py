@@ -111,7 +111,8 @@ class RolloutConfig(Section):
     prefix_caching: bool = Field(default=True, description="vllm: keep the KV cache of common beginnings")
     max_batched_tokens: PositiveInt | None = Field(default=None, description="vllm: tokens in one pass; null: 8192")
     rest: Literal["auto", "always", "never"] = Field(
-        default="auto", description="vllm: give the KV cache's memory back while the policy trains; auto: if it must"
+        default="auto",
+        description="vllm: give the KV cache's memory back while the policy trains; auto: if that helps",
     )
     n: PositiveInt = Field(default=8, description="Samples a prompt")
     temperature: NonNegativeFloat = 1.0

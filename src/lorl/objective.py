@@ -3,15 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorl.algorithms.catalogue import get_advantage, get_kl, get_policy_loss
 from lorl.algorithms.correction import PRESETS, Correction, get_preset, parse_rejections
-from lorl.algorithms.registry import (
-    AdvantageEntry,
-    KLEntry,
-    PolicyLossEntry,
-    get_advantage,
-    get_kl,
-    get_policy_loss,
-)
+from lorl.algorithms.registry import AdvantageEntry, KLEntry, PolicyLossEntry
 from lorl.config import CorrectionConfig, RunConfig
 from lorl.errors import UserError
 from lorl.user_code import import_algorithms

@@ -18,8 +18,8 @@ from dual_numbers import Dual, Number, sg, variables
 from torch import Tensor
 
 from lorl.algorithms.aggregation import MODES, Totals, aggregate
+from lorl.algorithms.catalogue import get_advantage, get_kl, get_policy_loss
 from lorl.algorithms.correction import PRESETS, correct
-from lorl.algorithms.registry import get_advantage, get_kl, get_policy_loss
 from lorl.algorithms.shaping import overlong_penalty
 from lorl.algorithms.value import value_loss
 

@@ -7,8 +7,8 @@ import torch
 from algorithm_cases import random_case
 
 from lorl.algorithms import names
+from lorl.algorithms.catalogue import get_advantage
 from lorl.algorithms.inputs import AdvantageInputs
-from lorl.algorithms.registry import get_advantage
 from lorl.algorithms.segments import discounted_suffix_sums, prefix_sums
 from lorl.algorithms.shaping import informative_groups, overlong_penalty
 from lorl.errors import UserError

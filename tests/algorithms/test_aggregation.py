@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lorl.algorithms import names
 from lorl.algorithms.aggregation import MODES, Totals, aggregate, graded_tokens, keep_tokens
-from lorl.algorithms.registry import PolicyLossEntry, get_policy_loss
+from lorl.algorithms.catalogue import get_policy_loss
+from lorl.algorithms.registry import PolicyLossEntry
 from lorl.errors import UserError
 from lorl.experience import Sampled
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorl.algorithms.registry import get_policy_loss
+from lorl.algorithms.catalogue import get_policy_loss
 from lorl.experience import Sampled
 
 # Advantages ±1 and log-probabilities 0, -1, …: the mean of each is removed, and their products are the covariances.

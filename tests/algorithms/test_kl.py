@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from lorl.algorithms.catalogue import get_kl
 from lorl.algorithms.kl import AdaptiveKL, FixedKL
-from lorl.algorithms.registry import get_kl
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS, REF_LOGITS = torch.randn(2, 7, generator=GENERATOR, dtype=torch.float64).unbind()

@@ -5,7 +5,7 @@ import torch
 
 from lorl.algorithms import names
 from lorl.algorithms.aggregation import Totals, aggregate
-from lorl.algorithms.registry import get_policy_loss
+from lorl.algorithms.catalogue import get_policy_loss
 from lorl.experience import Sampled
 
 LAYOUT = Sampled(torch.tensor([0, 0]), torch.tensor([0]))

@@ -9,8 +9,9 @@ import pytest
 
 from lorl.config import RunConfig
 from lorl.errors import UserError
-from lorl.parallel import auto, start
+from lorl.parallel import auto
 from lorl.parallel.auto import Device, settle
+from lorl.parallel.combinations import check_combination
 from lorl.plan.hardware import GIB
 from lorl.plan.layout import Layout
 from lorl.plan.shape import BUILT_IN
@@ -49,7 +50,7 @@ def test_a_model_that_does_not_is_spread_and_the_line_says_why(folder_of: Callab
     config = run_on(folder_of("qwen2.5-72b"))
     settled, why = settle(config, [H100] * 8)
     assert settled.parallel.strategy not in ("auto", "ddp")
-    start.check_combination(settled)
+    check_combination(settled)
     assert f"parallel.strategy=auto: {settled.parallel.strategy}, base over 8" in why
     assert ", since ddp needs 1" in why
     assert why.endswith(" of 79.1 GiB a GPU")
@@ -105,7 +106,7 @@ def test_a_base_that_is_to_lie_in_host_memory_is_planned_there(folder_of: Callab
 def test_vllm_beside_a_base_on_the_host_is_found_where_it_can_be(folder_of: Callable[[str], Path]) -> None:
     folder, keys = folder_of("qwen2.5-7b"), ("parallel.param_offload=true", "rollout.engine=vllm")
     config = run_on(folder, *keys, "parallel.gpus=4")
-    start.check_combination(config)
+    check_combination(config)
     settled, _ = settle(config, [H100] * 4)
     assert settled.parallel.strategy in ("fsdp", "fsdp2")
     assert settled.rollout.engine == "vllm"

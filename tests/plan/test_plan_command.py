@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorl.parallel.start import check_combination
+from lorl.parallel.combinations import check_combination
 from lorl.plan.shape import BUILT_IN
 from lorl.settings import load
 from lorl_command import Forks

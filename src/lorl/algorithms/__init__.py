@@ -4,5 +4,5 @@ Shapes: M sampled tokens, S sequences, G groups (see `lorl.experience.Sampled`).
 so no formula carries a mask; a sample that was not graded has reward NaN, takes no part in any baseline, and gets
 advantage zero. Every function keeps its inputs' dtype and device.
 
-`registry` finds the functions by name and imports no torch until a function is asked for.
+`catalogue` finds the functions by name and imports no torch until a function is asked for.
 """

@@ -1,4 +1,4 @@
-"""Algorithms by name: the built-in ones, and a user's own through the same decorators.
+"""Where algorithms are registered by name: the built-in ones, and a user's own through the same decorators.
 
     from lorl.algorithms.registry import advantage
 
@@ -9,9 +9,10 @@
 
 A function's keyword-only parameters are the settings that it reads: `entry(..., settings=mapping)` passes those of the
 mapping's entries that the function names, and its defaults hold for the rest.
+
+What is registered is looked up in `lorl.algorithms.catalogue`.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,16 +27,6 @@ if TYPE_CHECKING:
 
     from lorl.algorithms.inputs import AdvantageInputs
     from lorl.experience import Sampled
-
-_BUILTIN_MODULES = (
-    "advantages",
-    "returns",
-    "token_baselines",
-    "policy_losses",
-    "sequence_losses",
-    "covariance_losses",
-    "kl",
-)
 
 
 class Estimate(NamedTuple):
@@ -162,7 +153,7 @@ EntryT = TypeVar("EntryT", bound=Entry)
 
 
 class Registry(Generic[EntryT]):
-    """Entries of one kind by name. The built-in modules are imported when a name is first looked up."""
+    """Entries of one kind by name."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -175,14 +166,12 @@ class Registry(Generic[EntryT]):
 
     def get(self, name: str) -> EntryT:
         """The entry called `name`, or its verl name. Raises UserError with the nearest name."""
-        _load_builtin()
         entry = self._entries.get(names.ALIASES.get(name, name))
         if entry is None:
             raise UserError(f"there is no {self.kind} {name!r}; {nearest(name, self._entries)}")
         return entry
 
     def __iter__(self) -> Iterator[EntryT]:
-        _load_builtin()
         return iter(sorted(self._entries.values(), key=lambda entry: entry.name))
 
 
@@ -239,65 +228,6 @@ def kl(
         return function
 
     return register
-
-
-def get_advantage(name: str) -> AdvantageEntry:
-    return ADVANTAGES.get(name)
-
-
-def get_policy_loss(name: str) -> PolicyLossEntry:
-    return POLICY_LOSSES.get(name)
-
-
-def get_kl(name: str) -> KLEntry:
-    """The estimator called `name`; a trailing "+" gives its straight-through form (see `kl.straight_through`)."""
-    if not name.endswith("+"):
-        return KL_ESTIMATORS.get(name)
-    from lorl.algorithms.kl import straight_through
-
-    return straight_through(KL_ESTIMATORS.get(name[:-1]))
-
-
-class Listing(NamedTuple):
-    """A line of `lorl algorithms`."""
-
-    kind: str
-    key: str  # what is set to `name` to choose it
-    name: str
-    summary: str
-    source: str
-
-
-def available() -> list[Listing]:
-    """Everything that can be chosen by name, built-in and the user's, for `lorl algorithms`."""
-    from lorl.algorithms import aggregation, correction
-    from lorl.algorithms.kl import straight_through
-
-    registries: tuple[tuple[str, Registry[Any]], ...] = (
-        ("algorithm.advantage", ADVANTAGES),
-        ("algorithm.policy_loss", POLICY_LOSSES),
-        ("algorithm.kl_estimator", KL_ESTIMATORS),
-    )
-    entries = [(each.kind, key, entry) for key, each in registries for entry in each]
-    # k2's straight-through form is k2
-    carried = [straight_through(each) for each in KL_ESTIMATORS if not each.needs_logits and each.name != "k2"]
-    entries += [(KL_ESTIMATORS.kind, "algorithm.kl_estimator", entry) for entry in carried]
-    found = [Listing(kind, key, entry.name, entry.summary, entry.source) for kind, key, entry in entries]
-    found += [
-        Listing("aggregation", "algorithm.aggregation", name, mode.summary, mode.source)
-        for name, mode in aggregation.MODES.items()
-    ]
-    found += [
-        Listing("correction", "correction.preset", name, correction.describe(preset), correction.source_of(preset))
-        for name, preset in correction.PRESETS.items()
-    ]
-    dapo = "clips higher than low, averages over tokens, refills groups without a gradient, and prices length"
-    return [*found, Listing("preset", "algorithm.preset", "dapo", dapo, "Yu et al. 2025, arXiv 2503.14476")]
-
-
-def _load_builtin() -> None:
-    for module in _BUILTIN_MODULES:
-        importlib.import_module(f"lorl.algorithms.{module}")
 
 
 def _keyword_only(function: Callable[..., Any]) -> tuple[str, ...]:

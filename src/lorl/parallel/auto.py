@@ -3,13 +3,13 @@
     GPUs            the simplest layout that fits their memory and is about as fast as the fastest (`lorl.plan.choose`)
     CPU processes   ddp, unless a node's ranks need more memory together than is free there: then the first that fits
 
-Which layouts there are is asked of the schema, of `start.check_combination` and of what vLLM says of its kernels, so
+Which layouts there are is asked of the schema, of `check_combination` and of what vLLM says of its kernels, so
 that a strategy that they learn is chosen here as well.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from lorl.config import ParallelConfig, RunConfig
 from lorl.errors import UserError
-from lorl.parallel.start import check_combination
+from lorl.parallel.combinations import check_combination
 from lorl.plan.choose import ABOUT, Plan, choose, make_plan
 from lorl.plan.demand import Demand, Engine, demand_of
 from lorl.plan.hardware import GIB, Cluster, described_gpu
@@ -134,12 +134,8 @@ def _with(config: RunConfig, layout: Layout, engine: Engine) -> RunConfig:
 
 
 def _demand(config: RunConfig, device: Device) -> Demand:
-    demand, _ = demand_of(config, Shape.of(load_shape(config.model)))
-    if device.gpu is not None:
-        return demand
-    itemsize = 4 if config.model.dtype == "auto" else demand.itemsize
-    at_hand = dict.fromkeys(("offload", "optimizer_offload", "activation_offload"), False)
-    return replace(demand, itemsize=itemsize, recompute=demand.recompute is True, **at_hand)
+    kind = "cpu" if device.gpu is None else "cuda"
+    return demand_of(config, Shape.of(load_shape(config.model)), device=kind)[0]
 
 
 def _engines_here(device: Device) -> tuple[Engine, ...]:

@@ -21,7 +21,6 @@ from lorl.parallel import fsdp1
 from lorl.parallel.group import Ranks
 from lorl.parallel.lockstep import Lockstep
 from lorl.parallel.weights import Source, open_source
-from lorl.plan.layout import GATHERED_LAYERS
 from lorl.policy.load import load_policy, pick_device, pick_dtype
 from lorl.policy.policy import Policy
 from lorl.policy.sharing import empty_model, parameter_bytes
@@ -40,12 +39,11 @@ class ShardedTrainer:
         self._group = group
         self._tell = tell
 
-    def bytes_of(self, model: PreTrainedModel) -> tuple[int, int]:
+    def held_bytes(self, model: PreTrainedModel) -> int:
         decoder: Any = model.base_model
-        layers = [parameter_bytes(layer) for layer in decoder.layers]
+        layers = parameter_bytes(decoder.layers)
         away = self._config.parallel.param_offload and pick_device(self._config.model).type == "cuda"
-        parts = 0 if away else -(-sum(layers) // shard_size(self._config))
-        return parameter_bytes(model) - sum(layers) + parts, GATHERED_LAYERS * max(layers)
+        return parameter_bytes(model) - layers + (0 if away else -(-layers // shard_size(self._config)))
 
     def load(self) -> Policy:
         return sharded_policy(self._config, self._tokenizer, self._group, self._tell)

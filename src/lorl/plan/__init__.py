@@ -1,5 +1,5 @@
 """What a run will cost in memory and time: arithmetic on the model's shape, checked against what was measured.
 
-`shape`, `lora` and `footprint` hold formulas that a run itself uses as well: for vLLM's budget
-(`lorl.rollout.vllm.memory`), and for whether layers are recomputed (`lorl.policy.layers`).
+A run asks it as well: `memory` for the size of vLLM's KV cache and whether it rests (`lorl.rollout.vllm.opening`),
+`footprint` for whether layers are recomputed (`lorl.policy.layers`).
 """

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lorl.config import ModelConfig, RunConfig
 
 Engine = Literal["torch", "vllm"]
+Device = Literal["cuda", "cpu"]
 
 MEAN_LENGTH = 0.5  # of prompts and answers, as a share of the longest allowed; rollout.adapter_mode=auto assumes it too
 ENGINE_TOKENS = 8192  # in one pass of vLLM, where rollout.max_batched_tokens does not say
@@ -20,7 +21,9 @@ ENGINE_TOKENS = 8192  # in one pass of vLLM, where rollout.max_batched_tokens do
 class Demand:
     """One run's work and its memory settings."""
 
+    device: Device
     shape: Shape
+    parameters: int  # of the whole base: the shape's, or those that the model has
     lora: Lora
     itemsize: int  # bytes of a base weight
     learning: int  # adapters with an optimizer: the policy, and a critic
@@ -79,26 +82,32 @@ class Demand:
         most = self.prompts * (self.longest_prompt + self.samples * self.longest_response)
         return max(self.longest_share, min(self.microbatch_tokens, -(-most // ranks)))
 
-    def passes_as(self, *, recompute: bool) -> Pass:
+    def passes_as(self, tokens: int, *, recompute: bool) -> Pass:
+        """How a pass over `tokens` packed tokens computes."""
+        on_cpu = self.device == "cpu"
+        tree = self.longest_prompt + self.samples * self.longest_response
         return Pass(
             self.itemsize,
-            eager=self.itemsize != 2,
+            eager=on_cpu or self.itemsize != 2,
             recompute=recompute,
             entropy=self.entropy,
             away=self.activation_offload,
+            span=min(tree, tokens) if on_cpu else 0,
         )
 
 
-def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, list[str]]:
-    """The demand of a run on GPUs, and what was assumed on the way, a sentence each. The model's `shape` is looked up
-    by `model.path` where it is not given.
+def demand_of(
+    config: "RunConfig", shape: Shape | None = None, lora: Lora | None = None, device: Device = "cuda"
+) -> tuple[Demand, list[str]]:
+    """The demand of a run, and what was assumed on the way, a sentence each. The model's `shape` is looked up by
+    `model.path` where it is not given, and the adapter's by `adapter`. On a CPU nothing has another memory to go to.
 
     Raises:
         UserError: the model's shape is unknown, the adapter fits it nowhere, or the objective contradicts itself.
     """
     from lorl.objective import Objective
 
-    shape, notes = shape or find_shape(config.model.path), list[str]()
+    shape, notes, on_gpu = shape or find_shape(config.model.path), list[str](), device == "cuda"
     if shape.model_type not in KNOWN_TYPES:
         notes.append(f"model_type={shape.model_type} is taken for a llama of its sizes")
     if config.adapter.dora:
@@ -108,10 +117,13 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
     learning, frozen = adapter_counts(config)
     prompts, samples = config.data.prompts_per_step, config.rollout.n
     mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
+    recompute, wide = config.model.gradient_checkpointing, ("float32",) if on_gpu else ("float32", "auto")
     demand = Demand(
+        device=device,
         shape=shape,
-        lora=lora_of(shape, adapter),
-        itemsize=4 if config.model.dtype == "float32" else 2,
+        parameters=shape.parameters,
+        lora=lora or lora_of(shape, adapter),
+        itemsize=4 if config.model.dtype in wide else 2,
         learning=learning,
         frozen=frozen,
         prompts=prompts,
@@ -127,7 +139,7 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         entropy=algorithm.entropy_coef != 0,
         microbatch_tokens=config.parallel.microbatch_tokens,
         sequence=config.parallel.sequence,
-        recompute=config.model.gradient_checkpointing,
+        recompute=recompute if on_gpu else recompute is True,
         engine=_engine(config),
         concurrent=config.rollout.max_concurrent,
         engine_tokens=config.rollout.max_batched_tokens or max(ENGINE_TOKENS, config.rollout.max_concurrent),
@@ -135,9 +147,9 @@ def demand_of(config: "RunConfig", shape: Shape | None = None) -> tuple[Demand, 
         memory_fraction=config.rollout.memory_fraction,
         rest=config.rollout.rest,
         shard_size=config.parallel.shard_size,
-        offload=config.parallel.param_offload,
-        optimizer_offload=config.parallel.optimizer_offload,
-        activation_offload=config.model.activation_offload,
+        offload=on_gpu and config.parallel.param_offload,
+        optimizer_offload=on_gpu and config.parallel.optimizer_offload,
+        activation_offload=on_gpu and config.model.activation_offload,
         shm_files=_shm_files(config.model, shape, notes),
     )
     lengths = "as long as allowed" if config.rollout.ignore_eos else "half of the longest allowed"

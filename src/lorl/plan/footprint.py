@@ -1,4 +1,4 @@
-"""Bytes that training and sampling hold, from a model's shape: the formulas that the plan and a run's budget share.
+"""Bytes that training and sampling hold, from a model's shape: the formulas of the plan, which is a run's budget too.
 
 What a layer keeps for its backward pass is an enumeration of the tensors that autograd saves: tests/plan compares it
 with what autograd does save. `eager` is torch as it runs on a CPU; otherwise the layers are compiled (a GPU in half
@@ -10,17 +10,18 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from lorl.plan.lora import Lora
+from lorl.plan.lora import Lora, lora_on, slot_rank
 from lorl.plan.shape import Projection, Shape
 from lorl.policy.logprobs import CHUNK_BYTES
 
-BLOCK_TOKENS = 16  # of vLLM's cache on a GPU
+BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # of vLLM's cache
 SPARE = 0.8  # share of the free memory that kept activations may take; else layers are recomputed
 SPARE_TOKENS = 512  # beyond the samples: a publish's proof
 MASTER_BYTES = 4  # float32, whatever the base's dtype
 GRADIENT_BYTES = 4
 ADAMW_BYTES = 8  # two float32 moments
 CUDA_GRAPHS = 2**30  # vLLM's graphs and their pool
+CPU_CACHE = 4 * 2**30  # of vLLM at most, where rollout.memory_fraction is not set: a laptop does other things too
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,9 @@ def adapter_bytes(parameters: int, *, learns: bool) -> int:
     return parameters * (MASTER_BYTES + (GRADIENT_BYTES + ADAMW_BYTES if learns else 0))
 
 
-def slot_bytes(shape: Shape, lora: Lora, itemsize: int, slots: int, ways: int = 1) -> int:
-    """vLLM's adapter slots; there is one for the head too."""
+def slot_bytes(shape: Shape, rank: int, itemsize: int, slots: int, ways: int = 1) -> int:
+    """vLLM's slots for adapters of `rank`, whatever layers these reach: all linear ones have one, and the head too."""
+    lora = lora_on(shape, slot_rank(rank), "all-linear")
     head = lora.rank * (shape.hidden + shape.vocabulary // ways)
     return slots * itemsize * (lora.slot_parameters(ways) + head)
 
@@ -138,31 +140,38 @@ def engine_bytes(shape: Shape, itemsize: int, tokens: int, rows: int, ways: int 
 class Cache:
     """How large an engine's KV cache is to be. It can be where `smallest <= wanted <= most`."""
 
+    room: int  # what else is always there leaves of the device
+    training: int  # the largest forward and backward pass
+    smallest: int  # holds one sample
     wanted: int
     most: int
     rests: bool  # it gives its memory back while the policy trains
 
 
-def fullest_cache(per_token: int, sequences: int, tokens: int) -> int:
+def fullest_cache(per_token: int, sequences: int, tokens: int, device: str) -> int:
     """Bytes of keys and values when `sequences` of `tokens` each are all there, the last block of each begun."""
-    return per_token * (sequences * (tokens + BLOCK_TOKENS) + SPARE_TOKENS)
+    return per_token * (sequences * (tokens + BLOCK_TOKENS[device]) + SPARE_TOKENS)
+
+
+def usual_cache(total: int, device: str) -> int:
+    """What a KV cache takes at most where rollout.memory_fraction does not say, of a device of `total` bytes."""
+    return min(int(0.4 * total), CPU_CACHE) if device == "cpu" else int(0.4 * total)
 
 
 def kv_cache(
-    *, total: int, room: int, training: int, fraction: float | None, smallest: int, fullest: int, rest: str
+    *, room: int, training: int, asked: int | None, usual: int, smallest: int, fullest: int, rest: str
 ) -> Cache:
-    """Divides what is left of a device between the KV cache and training.
+    """Divides what is left of a device between the KV cache and training. All in bytes.
 
     Args:
-        total: the device's memory; room: what base, adapters, engine and reserve leave of it.
+        room: what base, adapters, engine and reserve leave of the device.
         training: the largest forward and backward pass.
-        fraction: `rollout.memory_fraction` of `total` for the cache; None: what rollouts can fill, 0.4, or what fits,
-            whichever is least. What the cache leaves, activations may keep instead of being computed again.
+        asked: what `rollout.memory_fraction` says; None: what rollouts can fill, the `usual`, or what fits, whichever
+            is least. What the cache leaves, activations may keep instead of being computed again.
         smallest: a cache that holds one sample; fullest: one that no rollout of this run fills.
         rest: `rollout.rest`: auto, always or never.
     """
     most = room if rest != "never" else room - training
-    wanted = int((0.4 if fraction is None else fraction) * total)
-    if fraction is None:
-        wanted = max(smallest, min(wanted, most, fullest))
-    return Cache(wanted, most, rest == "always" or (rest == "auto" and wanted > room - training))
+    wanted = max(smallest, min(usual, most, fullest)) if asked is None else asked
+    rests = rest == "always" or (rest == "auto" and wanted > room - training)
+    return Cache(room, training, smallest, wanted, most, rests)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Targets = str | Sequence[str]
 
+SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has kernels for; a slot is of the next larger one
+
 
 @dataclass(frozen=True, slots=True)
 class Lora:
@@ -73,12 +75,19 @@ def lora_of(shape: Shape, adapter: "AdapterConfig") -> Lora:
     return lora_on(shape, adapter.rank, adapter.target_modules, adapter.exclude_modules)
 
 
+def slot_rank(rank: int) -> int:
+    """Of the slots of a vLLM that holds an adapter of `rank`."""
+    return next((one for one in SLOT_RANKS if one >= rank), rank)
+
+
 def lora_in(shape: Shape, folder: str, key: str = "adapter.path") -> Lora:
-    """The adapter of a peft folder. Raises UserError where its adapter_config.json cannot be read."""
+    """The adapter of a peft folder, with its largest rank everywhere. Raises UserError where its adapter_config.json
+    cannot be read."""
     file = Path(folder).expanduser() / "adapter_config.json"
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return lora_on(shape, int(found["r"]), found["target_modules"], found.get("exclude_modules"))
+        rank = max([int(found["r"]), *(found.get("rank_pattern") or {}).values()])
+        return lora_on(shape, rank, found["target_modules"], found.get("exclude_modules"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{key}={folder}: {file.name} cannot be read ({error}); name a folder that peft saved"

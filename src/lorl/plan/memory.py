@@ -8,6 +8,14 @@ from lorl.plan.hardware import RESERVE, Cluster
 from lorl.plan.host import host_rows
 from lorl.plan.layout import GATHERED_LAYERS, Layout
 
+BASE = "base"
+COPY = "engine's own copy of the base"
+MASTERS = "adapters, float32 masters"
+GRADIENTS = "gradients"
+OPTIMIZER = "optimizer"
+SLOTS = "engine's adapter slots"
+ENGINE = "engine's graphs and buffers"
+OTHERS = "in use already"
 ACTIVATIONS = "activations of a micro-batch"
 GATHERED = "gathered layers of the base"
 
@@ -29,7 +37,6 @@ class Memory:
     host: tuple[tuple[str, int], ...]  # of one node
     capacity: int  # of a GPU
     cache: footprint.Cache
-    smallest_cache: int
     recompute: bool
     without_recompute: int  # activations that a pass keeps where it does not recompute
     with_recompute: int
@@ -49,12 +56,12 @@ class Memory:
     @property
     def shortage(self) -> int:
         """Bytes that a GPU lacks; negative: that are left."""
-        return max(self.peak - self.capacity, self.smallest_cache - self.cache.most)
+        return max(self.peak - self.capacity, self.cache.smallest - self.cache.most)
 
     @property
     def has_cache(self) -> bool:
         """Whether the KV cache that is asked for can be had."""
-        return self.smallest_cache <= self.cache.wanted <= self.cache.most
+        return self.cache.smallest <= self.cache.wanted <= self.cache.most
 
     @property
     def fits(self) -> bool:
@@ -64,20 +71,22 @@ class Memory:
         return next(row for row in self.rows if row.holder == holder)
 
 
-def memory(demand: Demand, layout: Layout, cluster: Cluster) -> Memory:
-    """The table of one layout. `demand.recompute="auto"` recomputes where activations would not fit the GPU, whether
-    they are to stay there or not: bringing a layer's back over PCIe takes longer than computing them again."""
+def memory(demand: Demand, layout: Layout, cluster: Cluster, others: int = 0) -> Memory:
+    """The table of one layout; `others` are bytes of a device that are in use before the run. `demand.recompute="auto"`
+    recomputes where activations would not fit the GPU, whether they are to stay there or not: bringing a layer's back
+    over PCIe takes longer than computing them again."""
     if demand.recompute != "auto":
-        return _memory(demand, layout, cluster, recompute=demand.recompute)
-    plain = _memory(replace(demand, activation_offload=False), layout, cluster, recompute=False)
+        return _memory(demand, layout, cluster, others, recompute=demand.recompute)
+    plain = _memory(replace(demand, activation_offload=False), layout, cluster, others, recompute=False)
     held = plain.row(ACTIVATIONS).training
     crowded = held > footprint.SPARE * (plain.capacity - plain.training + held) or not plain.has_cache
-    return _memory(demand, layout, cluster, recompute=crowded)
+    return _memory(demand, layout, cluster, others, recompute=crowded)
 
 
-def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool) -> Memory:
+def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, recompute: bool) -> Memory:
     shape, lora, n = demand.shape, demand.lora, demand.itemsize
-    how, tokens = demand.passes_as(recompute=recompute), demand.microbatch(cluster.world)
+    tokens = demand.microbatch(cluster.world)
+    how = demand.passes_as(tokens, recompute=recompute)
     base, copy = _base_bytes(demand, layout)
     worst, decoding = _worst_moment(demand, layout, tokens, how), _gathered_in_decoding(demand, layout)
     learning, adapters = demand.learning, demand.learning + demand.frozen
@@ -85,30 +94,29 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool
     gradients = learning * lora.parameters * footprint.GRADIENT_BYTES
     moments = 0 if demand.optimizer_offload else learning * lora.parameters * footprint.ADAMW_BYTES
     vllm = demand.engine == "vllm"
-    slots = footprint.slot_bytes(shape, lora, n, demand.slots, layout.engine) if vllm else 0
-    rows = min(demand.concurrent, demand.prompts * demand.samples)
-    engine = footprint.engine_bytes(shape, n, demand.engine_tokens, rows, layout.engine) if vllm else 0
+    slots = footprint.slot_bytes(shape, lora.rank, n, demand.slots, layout.engine) if vllm else 0
+    engine = _engine_bytes(demand, layout) if vllm else 0
     reserve = int(RESERVE * cluster.gpu.memory)
     rows = [
-        Row("base", base, base),
-        Row("engine's own copy of the base", copy, copy),
-        Row("adapters, float32 masters", masters, masters),
-        Row("gradients", gradients, gradients),
-        Row("optimizer", moments, moments + worst.optimizer),
-        Row("engine's adapter slots", slots, slots),
-        Row("engine's graphs and buffers", engine, engine),
+        Row(BASE, base, base),
+        Row(COPY, copy, copy),
+        Row(MASTERS, masters, masters),
+        Row(GRADIENTS, gradients, gradients),
+        Row(OPTIMIZER, moments, moments + worst.optimizer),
+        Row(SLOTS, slots, slots),
+        Row(ENGINE, engine, engine),
         Row("CUDA, NCCL, fragmentation", reserve, reserve),
+        Row(OTHERS, others, others),
     ]
     per_token = footprint.kv_bytes(shape, n, layout.engine)
-    smallest = per_token * (demand.longest + footprint.SPARE_TOKENS)
-    room = cluster.gpu.memory - sum(row.sampling for row in rows) - decoding
+    total, fraction = cluster.gpu.memory, demand.memory_fraction
     cache = footprint.kv_cache(
-        total=cluster.gpu.memory,
-        room=room,
+        room=total - sum(row.sampling for row in rows) - decoding,
         training=worst.total - decoding,
-        fraction=demand.memory_fraction,
-        smallest=smallest,
-        fullest=footprint.fullest_cache(per_token, demand.concurrent, demand.longest),
+        asked=None if fraction is None else int(fraction * total),
+        usual=footprint.usual_cache(total, demand.device),
+        smallest=per_token * (demand.longest + footprint.SPARE_TOKENS),
+        fullest=footprint.fullest_cache(per_token, demand.concurrent, demand.longest, demand.device),
         rest=demand.rest if vllm else "always",
     )
     rows += [
@@ -122,20 +130,28 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, *, recompute: bool
         host=host_rows(demand, layout, cluster, how, tokens),
         capacity=cluster.gpu.memory,
         cache=cache,
-        smallest_cache=smallest,
         recompute=recompute,
-        without_recompute=footprint.activation_bytes(shape, lora, tokens, demand.passes_as(recompute=False)),
-        with_recompute=footprint.activation_bytes(shape, lora, tokens, demand.passes_as(recompute=True)),
+        without_recompute=footprint.activation_bytes(shape, lora, tokens, demand.passes_as(tokens, recompute=False)),
+        with_recompute=footprint.activation_bytes(shape, lora, tokens, demand.passes_as(tokens, recompute=True)),
     )
+
+
+def _engine_bytes(demand: Demand, layout: Layout) -> int:
+    """vLLM's graphs and buffers on a GPU; on a CPU there is nothing like them."""
+    if demand.device == "cpu":
+        return 0
+    rows = min(demand.concurrent, demand.prompts * demand.samples)
+    return footprint.engine_bytes(demand.shape, demand.itemsize, demand.engine_tokens, rows, layout.engine)
 
 
 def _base_bytes(demand: Demand, layout: Layout) -> tuple[int, int]:
     """The trainer's part of the base on a GPU, and the engine's copy where it has one."""
-    whole = demand.shape.parameters * demand.itemsize
+    whole = demand.parameters * demand.itemsize
     if layout.strategy in ("ddp", "shared") and not layout.offload:
         return -(-whole // layout.shard), 0
-    layers = demand.shape.layers * demand.shape.layer_parameters * demand.itemsize
-    ends = whole - layers  # read out of order, and so whole on each rank (lorl.parallel.sharding, .policy.streaming)
+    # The ends are read out of order, and so whole on each rank (lorl.parallel.sharding, .policy.streaming).
+    ends = (demand.shape.parameters - demand.shape.layers * demand.shape.layer_parameters) * demand.itemsize
+    layers = whole - ends
     copy = -(-whole // layout.engine) if demand.engine == "vllm" else 0  # the embedded engine reads the trainer's
     return ends + (0 if layout.offload else -(-layers // layout.shard)), copy
 
@@ -160,7 +176,7 @@ def _worst_moment(demand: Demand, layout: Layout, tokens: int, how: footprint.Pa
     shape = demand.shape
     kept = footprint.kept_bytes(shape, demand.lora, tokens, how)
     layer = footprint.layer_moment_bytes(shape, demand.lora, tokens, how)
-    head = footprint.head_moment_bytes(shape, tokens, how, "cuda")
+    head = footprint.head_moment_bytes(shape, tokens, how, demand.device)
     layers, weight = _gathered(demand, layout)
     moments = [_Moment(kept + layer, gathered=layers), _Moment(kept, head, weight)]
     if demand.optimizer_offload:

@@ -90,7 +90,7 @@ def _pass(demand: Demand, layout: Layout, cluster: Cluster, *, gradient: bool, r
     gathers = _gathers(demand, layout, cluster, gradient=gradient)
     waits = _exchanges(demand, cluster, tokens, gradient=gradient, recompute=recompute)
     if gradient and demand.activation_offload:
-        how = demand.passes_as(recompute=recompute)
+        how = demand.passes_as(math.ceil(tokens), recompute=recompute)
         size = footprint.away_bytes(demand.shape, demand.lora, math.ceil(tokens), how)
         waits["PCIe"] = size / _host_rate(cluster)
         gathers["PCIe"] = gathers.get("PCIe", 0.0) + waits["PCIe"]

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from lorl.config import AdapterConfig
 from lorl.errors import UserError, nearest
+from lorl.plan.lora import Lora, lora_on
+from lorl.plan.shape import Shape
 from lorl.seeding import stable_seed
 
 
@@ -40,6 +42,20 @@ def attach(model: PreTrainedModel, name: str, config: AdapterConfig, seed: int) 
 def configured(config: AdapterConfig) -> LoraConfig:
     """What `attach` will make: the configuration in `config.path`, or the one that the keys describe."""
     return read_config(Path(config.path)) if config.path else _fresh_config(config)
+
+
+def counted(lora: LoraConfig, shape: Shape) -> Lora:
+    """As the plan counts it: with its largest rank everywhere, and on all linear layers where it reaches modules that
+    are in no layer."""
+    rank = max([lora.r, *(lora.rank_pattern or {}).values()])
+    targets, exclude = (
+        one if one is None or isinstance(one, str) else sorted(one)
+        for one in (lora.target_modules, lora.exclude_modules)
+    )
+    try:
+        return lora_on(shape, rank, targets or "all-linear", exclude)
+    except UserError:
+        return lora_on(shape, rank, "all-linear")
 
 
 def attach_copy(peft: PeftModel, source: str, name: str) -> None:

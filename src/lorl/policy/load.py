@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import UserError
 from lorl.plan import footprint
-from lorl.plan.lora import lora_of, lora_on
 from lorl.plan.shape import Shape
 from lorl.policy import adapters, attention, layers, lora, shared_memory
 from lorl.policy.fetch import resolve
@@ -142,11 +141,7 @@ def kept_bytes(base: PreTrainedModel, adapter: AdapterConfig) -> Callable[[int],
         shape = Shape.of(base.config)
     except UserError:
         return None
-    try:
-        adapted = lora_of(shape, adapter)
-    except UserError:  # modules outside the layers, the head: inside there are no more than all
-        adapted = lora_on(shape, adapter.rank, "all-linear")
-    itemsize = base.dtype.itemsize
+    adapted, itemsize = adapters.counted(adapters.configured(adapter), shape), base.dtype.itemsize
     how = footprint.Pass(itemsize, eager=itemsize != 2, recompute=False)
     return lambda tokens: footprint.kept_bytes(shape, adapted, tokens, how)
 

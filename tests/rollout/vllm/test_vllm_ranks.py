@@ -105,7 +105,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def opened(group: Ranks, model: Path, *overrides: str) -> tuple[Policy, VllmEngine, ShardedBase, list[str]]:
-    config = vllm_config(model, *overrides)
+    config = vllm_config(model, "parallel.strategy=shared", f"parallel.gpus={group.size}", *overrides)
     told: list[str] = []
     sharers = sharers_of(group.size, 60.0)
     policy, engine, base = shared.sharded_policy_and_engine(config, load_tokenizer(config.model), told.append, sharers)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorl.errors import InfrastructureError
+from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Completion
 from lorl.policy.load import TRAINED
 from lorl.policy.sharing import Weights, unshared_bytes
@@ -150,6 +150,35 @@ def test_weights_that_do_not_fit_the_model_are_named(llama: Opened) -> None:
             pytest.raises(InfrastructureError, match=rf"layers\.1\.mlp\.down_proj\.weight, and .* held .*{found}"),
             loader.adopting(given),
         ):
+            start(load_format=loader.FORMAT)
+    llama.engine.rebuild()
+    assert_same(sampled(published(llama)), expected)
+
+
+def test_a_weight_without_a_place_is_told_from_one_that_cannot_be_gathered(llama: Opened) -> None:
+    tensors = llama.engine.inside.weights(tied=True)
+    draw(llama.policy, 1)
+    expected = sampled(published(llama))
+    start = llama.engine._launch.args[0]  # type: ignore[attr-defined]
+
+    def misnamed() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "model.layers.0.mlp.nowhere.weight", torch.zeros(2, 2)
+
+    def lost(error: Exception) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "model.norm.weight", tensors["model.norm.weight"].clone()
+        raise error
+
+    said = "the trainer's base could not be gathered for vLLM's copy"
+    cases: tuple[tuple[Callable[[], Any], type[Exception], str], ...] = (
+        (misnamed, UserError, r"no place for a weight of the trainer's base .*nowhere"),
+        (lambda: iter(()), UserError, "has nothing for .* of vLLM's model"),
+        (lambda: lost(KeyError("layer 3")), InfrastructureError, f"{said}: KeyError: 'layer 3'"),
+        (lambda: lost(ValueError("sizes differ")), InfrastructureError, f"{said}: ValueError: sizes differ"),
+        (lambda: lost(InfrastructureError("rank 1 is late")), InfrastructureError, "^rank 1 is late"),
+    )
+    for wholes, kind, message in cases:
+        llama.engine.close()
+        with pytest.raises(kind, match=message), loader.copying(wholes):
             start(load_format=loader.FORMAT)
     llama.engine.rebuild()
     assert_same(sampled(published(llama)), expected)

@@ -2,19 +2,17 @@
 
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig
 
 from lorl.errors import UserError
-from lorl.plan.footprint import ADAMW_BYTES, GRADIENT_BYTES, MASTER_BYTES
+from lorl.plan import memory
+from lorl.plan.footprint import Cache, kv_cache, usual_cache
+from lorl.plan.hardware import GIB, RESERVE
 from lorl.rollout.vllm import launch, versions
-from lorl.rollout.vllm.memory import GIB, Budget, budget, kv_bytes_per_token, moment_bytes, training_bytes
-from lorl.rollout.vllm.opening import _adapter_and_training_bytes
-from lorl.settings import load
+from lorl.rollout.vllm.memory import check
 
 
 @pytest.fixture
@@ -87,27 +85,42 @@ def test_adapters_that_vllm_does_not_compute(fields: dict[str, Any], said: str) 
 # Memory: a device of 80 GiB, of which CUDA has taken one, in GiB
 
 
-def asked(**changed: float | str | None) -> Budget:
-    values: dict[str, Any] = {
-        "total": 80,
-        "free": 79,
-        "base": 3,
-        "adapters": 1,
-        "engine": 0,
-        "training": 20,
-        "smallest": 1,
-        "fullest": 70,
+def asked(**changed: float | str | None) -> Cache:
+    """What the plan's rule makes of it, where `check` has nothing to say against that."""
+    values: dict[str, Any] = {"base": 3, "adapters": 1, "engine": 0, "training": 20, "smallest": 1, "fullest": 70}
+    values = {name: int(changed.get(name, size) * GIB) for name, size in values.items()}  # type: ignore[operator]
+    fraction, rest = changed.get("fraction"), str(changed.get("rest", "auto"))
+    rows = {
+        memory.BASE: values["base"],
+        memory.COPY: 0,
+        memory.MASTERS: values["adapters"],
+        memory.GRADIENTS: 0,
+        memory.OPTIMIZER: 0,
+        memory.SLOTS: 0,
+        memory.ENGINE: values["engine"],
+        memory.OTHERS: GIB,
+        "reserve": int(RESERVE * 80 * GIB),
     }
-    values = {name: int(changed.get(name, size) * GIB) for name, size in values.items()}
-    return budget(**values, fraction=changed.get("fraction"), rest=changed.get("rest", "auto"))  # type: ignore[arg-type]
+    cache = kv_cache(
+        room=80 * GIB - sum(rows.values()),
+        training=values["training"],
+        asked=int(fraction * 80 * GIB) if isinstance(fraction, float) else None,
+        usual=usual_cache(80 * GIB, "cuda"),
+        smallest=values["smallest"],
+        fullest=values["fullest"],
+        rest=rest,
+    )
+    held = tuple(memory.Row(name, size, size) for name, size in rows.items())
+    check(memory.Memory(held, (), 80 * GIB, cache, recompute=False, without_recompute=0, with_recompute=0), rest)
+    return cache
 
 
 def test_by_default_the_cache_takes_what_rollouts_fill_or_four_tenths_of_the_device_or_what_fits() -> None:
-    assert asked() == Budget(32 * GIB, rests=False)
+    assert (asked().wanted, asked().rests) == (32 * GIB, False)
     small = asked(base=60, training=10)  # 79 - 60 - 1 - 2.4
-    assert small.kv_bytes == pytest.approx(15.6 * GIB, rel=1e-6)
-    assert small.kv_bytes - asked(base=60, training=10, engine=2).kv_bytes == 2 * GIB  # vLLM's graphs and buffers
-    assert asked(fullest=6) == Budget(6 * GIB, rests=False)  # what no rollout fills is left to training
+    assert small.wanted == pytest.approx(15.6 * GIB, rel=1e-6)
+    assert small.wanted - asked(base=60, training=10, engine=2).wanted == 2 * GIB  # vLLM's graphs and buffers
+    assert asked(fullest=6).wanted == 6 * GIB  # what no rollout fills is left to training
 
 
 @pytest.mark.parametrize(
@@ -119,8 +132,8 @@ def test_the_cache_rests_when_asked_or_when_training_needs_its_memory(rest: str,
 
 
 def test_a_fraction_that_fits_is_what_is_taken() -> None:
-    assert asked(fraction=0.5) == Budget(40 * GIB, rests=False)
-    assert asked(fraction=0.8, rest="auto") == Budget(64 * GIB, rests=True)
+    half, most = asked(fraction=0.5), asked(fraction=0.8, rest="auto")
+    assert (half.wanted, half.rests, most.wanted, most.rests) == (40 * GIB, False, 64 * GIB, True)
 
 
 @pytest.mark.parametrize(
@@ -147,39 +160,3 @@ def test_the_fraction_that_is_advised_works(rest: str) -> None:
         asked(fraction=0.99, rest=rest)
     advised = float(str(raised.value).split("memory_fraction=")[1].split(",")[0].rstrip("."))
     asked(fraction=advised, rest=rest)
-
-
-@dataclass
-class Shape:
-    """Qwen2.5-1.5B's."""
-
-    hidden_size: int = 1536
-    intermediate_size: int = 8960
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 12
-    num_key_value_heads: int = 2
-
-
-def test_bytes_of_a_token() -> None:
-    assert kv_bytes_per_token(Shape(), 2) == 2 * 28 * 2 * 128 * 2
-    kept = training_bytes(Shape(), 1000, itemsize=2, checkpointing=False)
-    recomputed = training_bytes(Shape(), 1000, itemsize=2, checkpointing=True)
-    assert kept > 2 * recomputed
-    assert training_bytes(Shape(), 2000, itemsize=2, checkpointing=False) > 1.5 * kept
-
-
-def test_the_budget_counts_what_the_plan_counts() -> None:
-    """Of a GPU, which need not be there: adapters that do not learn, and nothing that waits in host memory."""
-    text, gpu, half = Shape(), torch.device("cuda"), torch.bfloat16
-    parameters = moment_bytes(text, 32) // ADAMW_BYTES
-
-    def held(*keys: str) -> tuple[int, int]:
-        return _adapter_and_training_bytes(load(None, list(keys)), text, gpu, half, 32, 1)
-
-    adapters, training = held()
-    assert held("reward_model.path=x") == (adapters + MASTER_BYTES * parameters, training)
-    assert held("parallel.optimizer_offload=true") == (adapters - ADAMW_BYTES * parameters, training)
-    assert held("algorithm.advantage=gae")[0] == adapters + (MASTER_BYTES + GRADIENT_BYTES + ADAMW_BYTES) * parameters
-    assert held("model.activation_offload=true")[1] < training
-    few = ("parallel.microbatch_tokens=1", "parallel.optimizer_offload=true")
-    assert held(*few)[1] == ADAMW_BYTES * parameters, "moments are on the device for a step"

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from lorl.config import RunConfig
 from lorl.policy.policy import Policy
 from lorl.policy.shards import Sharers
-from lorl.policy.sharing import parameter_bytes
 from lorl.rollout.vllm import loader
 from lorl.rollout.vllm.engine import VllmEngine
 from lorl.rollout.vllm.opening import open_together
@@ -23,9 +22,8 @@ from lorl.rollout.vllm.versions import Inside
 class Trainer(Protocol):
     """The trainer's side of such a layout. All ranks make the same calls at the same time."""
 
-    def bytes_of(self, model: PreTrainedModel) -> tuple[int, int]:
-        """What this rank's device will hold of `model` (whose parameters are on the meta device), and what a pass
-        gathers beyond that at most."""
+    def held_bytes(self, model: PreTrainedModel) -> int:
+        """What this rank's device will hold of `model`, whose parameters are on the meta device."""
         ...
 
     def load(self) -> Policy: ...
@@ -44,14 +42,9 @@ def policy_and_engine(
         UserError: vLLM or its version is not at hand, the memory does not suffice, or vLLM does not compute this base
             in parts, or this kind of adapter.
     """
-
-    def bytes_of(model: PreTrainedModel) -> tuple[int, int]:
-        held, gathered = trainer.bytes_of(model)
-        return parameter_bytes(model) // sharers.size + held, gathered
-
-    opening = open_together(config, sharers, bytes_of)
+    opening = open_together(config, sharers)
     policy = trainer.load()
-    held, _ = trainer.bytes_of(opening.model)
+    held = trainer.held_bytes(opening.model)
     tell(
         f"the base is in memory twice, {held / 2**20:,.1f} MiB more on each rank than with parallel.strategy=shared: "
         f"one vLLM over {sharers.size} ranks has a copy beside the trainer's parts"

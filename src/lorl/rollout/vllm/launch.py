@@ -9,10 +9,11 @@ from peft import LoraConfig
 from lorl.config import RunConfig
 from lorl.errors import InfrastructureError, UserError
 from lorl.plan.demand import ENGINE_TOKENS
+from lorl.plan.lora import SLOT_RANKS
+from lorl.plan.lora import slot_rank as next_rank
 from lorl.policy.load import weights_path
 from lorl.rollout.vllm.versions import Inside
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has kernels for; a slot of the next larger one is taken
 WAITING = 64  # samples beyond the running ones that vLLM is given, so that a finished one is replaced at once
 
 
@@ -33,10 +34,9 @@ def slot_rank(lora: LoraConfig) -> int:
         what = "DoRA" if lora.use_dora else "lora_bias" if lora.lora_bias else "modules_to_save"
         raise UserError(f"adapter: vLLM does not compute {what}; use rollout.engine=torch.")
     rank = max([lora.r, *(lora.rank_pattern or {}).values()])
-    fitting = [one for one in RANKS if one >= rank]
-    if not fitting:
-        raise UserError(f"adapter.rank={rank} is more than vLLM's largest, {RANKS[-1]}; use rollout.engine=torch.")
-    return fitting[0]
+    if rank > SLOT_RANKS[-1]:
+        raise UserError(f"adapter.rank={rank} is more than vLLM's largest, {SLOT_RANKS[-1]}; use rollout.engine=torch.")
+    return next_rank(rank)
 
 
 def slots_compute(device: torch.device, dtype: torch.dtype) -> bool:

@@ -47,11 +47,20 @@ def copying(wholes: Callable[[], Iterable[tuple[str, Tensor]]]) -> Iterator[None
 
     Raises:
         UserError: vLLM's model has a parameter that none of them filled, or no place for one of them.
+        InfrastructureError: one of them could not be gathered.
     """
+
+    def gathered() -> Iterator[tuple[str, Tensor]]:
+        try:
+            yield from wholes()
+        except (KeyError, ValueError, NotImplementedError) as error:  # vLLM raises these for a model that it refuses
+            raise InfrastructureError(
+                f"the trainer's base could not be gathered for vLLM's copy: {type(error).__name__}: {error}"
+            ) from error
 
     def copy(model: Any) -> None:
         try:
-            filled = model.load_weights(wholes())
+            filled = model.load_weights(gathered())
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"vLLM has no place for a weight of the trainer's base ({error}); use parallel.strategy=ddp, or "

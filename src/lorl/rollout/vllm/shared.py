@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lorl.config import RunConfig
 from lorl.errors import UserError
-from lorl.plan.layout import GATHERED_LAYERS
 from lorl.policy.load import TRAINED, fill_random, load_base, load_policy, pick_device
 from lorl.policy.policy import Policy
 from lorl.policy.shards import ShardedBase, Sharers
@@ -77,9 +75,7 @@ def sharded_policy_and_engine(
 ) -> tuple[Policy, VllmEngine, ShardedBase]:
     """`policy_and_engine` over `sharers`: one vLLM of all of them, and a policy that gathers what each rank's holds.
     Also returns what gathers."""
-    opening = open_together(
-        config, sharers, lambda model: (parameter_bytes(model) // sharers.size, _gathered_bytes(model))
-    )
+    opening = open_together(config, sharers)
     model, inside = opening.model, opening.start()
     try:
         parts = tensor_parallel.shards(inside, model, sharers.size)
@@ -114,13 +110,6 @@ def _folds(config: RunConfig, engine: VllmEngine, policy: Policy, shares: bool, 
     folds, told = faster_mode(engine, policy, config)
     tell(told)
     return folds
-
-
-def _gathered_bytes(model: PreTrainedModel) -> int:
-    """What a pass over a base in parts holds beyond them at most: layers on their way, and the head."""
-    decoder: Any = model.base_model
-    head: Any = model.get_output_embeddings()
-    return GATHERED_LAYERS * max(parameter_bytes(layer) for layer in decoder.layers) + parameter_bytes(head)
 
 
 def _relaunch(start: Callable[..., Inside], kept: Mapping[str, Tensor]) -> Inside:
