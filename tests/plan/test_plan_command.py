@@ -53,6 +53,25 @@ def test_it_is_said_where_vllm_has_no_layout(forks: Forks, tmp_path: Path) -> No
     assert not any("embedded" in note for note in vllm["assumed"])
 
 
+def test_a_reward_model_of_its_own_takes_its_whole_bytes_and_an_adapter_its_own(forks: Forks, tmp_path: Path) -> None:
+    def bytes_with(*words: str) -> tuple[dict[str, int], list[str]]:
+        found = json.loads(forks.run("plan", "model.path=qwen2.5-1.5b", *words, "--json", cwd=tmp_path).out)
+        return {holder: held["sampling"] for holder, held in found["bytes"].items()}, found["assumed"]
+
+    adapter = tmp_path / "judge"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    plain, _ = bytes_with()
+    own, _ = bytes_with("reward_model.path=qwen2.5-7b")
+    assert own["reward model of its own"] == 2 * 7_615_616_512
+    assert own["adapters, float32 masters"] == plain["adapters, float32 masters"]
+    third, _ = bytes_with(f"reward_model.path={adapter}")
+    assert third["reward model of its own"] == 0
+    assert third["adapters, float32 masters"] == 2 * plain["adapters, float32 masters"]
+    _, notes = bytes_with("reward_model.path=somebody/judge")
+    assert any(note.startswith("reward_model.path=somebody/judge: lorl does not know its shape") for note in notes)
+
+
 def test_the_tables_say_what_holds_memory_where_time_goes_and_whether_it_fits(forks: Forks, tmp_path: Path) -> None:
     result = forks.run("plan", "model.path=qwen2.5-7b", "algorithm.kl_coef=0.01", "--gpus", "2", cwd=tmp_path)
     assert result.code == 0, result.err

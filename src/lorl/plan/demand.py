@@ -1,8 +1,10 @@
 """What a run asks of its devices: the numbers of its configuration that decide memory and time, and nothing else."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lorl.errors import UserError
 from lorl.plan.footprint import Pass
 from lorl.plan.lora import Lora, lora_of
 from lorl.plan.shape import KNOWN_TYPES, Shape, find_folder, find_shape
@@ -28,6 +30,7 @@ class Demand:
     itemsize: int  # bytes of a base weight
     learning: int  # adapters with an optimizer: the policy, and a critic
     frozen: int  # adapters without: a reference, a reward model
+    classifier: int  # bytes of a reward model that is a model of its own
     # of a step
     prompts: int
     samples: int  # a prompt
@@ -114,18 +117,21 @@ def demand_of(
         notes.append("DoRA's magnitudes and what they keep are not counted")
     adapter, algorithm, objective = config.adapter, config.algorithm, Objective.of(config)
     has_reference = algorithm.kl_coef > 0
+    itemsize = 4 if config.model.dtype in (("float32",) if on_gpu else ("float32", "auto")) else 2
+    classifier = _classifier_bytes(config, itemsize, notes)
     learning, frozen = adapter_counts(config)
     prompts, samples = config.data.prompts_per_step, config.rollout.n
     mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
-    recompute, wide = config.model.gradient_checkpointing, ("float32",) if on_gpu else ("float32", "auto")
+    recompute = config.model.gradient_checkpointing
     demand = Demand(
         device=device,
         shape=shape,
         parameters=shape.parameters,
         lora=lora or lora_of(shape, adapter),
-        itemsize=4 if config.model.dtype in wide else 2,
+        itemsize=itemsize,
         learning=learning,
-        frozen=frozen,
+        frozen=frozen - (classifier > 0),
+        classifier=classifier,
         prompts=prompts,
         samples=samples,
         prompt_tokens=max(1, int(config.data.max_prompt_tokens * MEAN_LENGTH)),
@@ -175,6 +181,18 @@ def adapter_counts(config: "RunConfig") -> tuple[int, int]:
     algorithm = config.algorithm
     anchored = algorithm.kl_coef > 0 and config.adapter.path is not None and algorithm.reference == "start"
     return 1 + Objective.of(config).needs_critic, anchored + (config.reward_model.path is not None)
+
+
+def _classifier_bytes(config: "RunConfig", itemsize: int, notes: list[str]) -> int:
+    """Of a reward model that is no adapter on the run's base: a whole model beside it."""
+    path = config.reward_model.path
+    if path is None or (Path(path).expanduser() / "adapter_config.json").is_file():
+        return 0
+    try:
+        return find_shape(path).parameters * itemsize
+    except UserError:
+        notes.append(f"reward_model.path={path}: lorl does not know its shape, and counts an adapter's bytes for it")
+        return 0
 
 
 def _shm_files(model: "ModelConfig", shape: Shape, notes: list[str]) -> int:

@@ -105,6 +105,7 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, re
         Row(OPTIMIZER, moments, moments + worst.optimizer),
         Row(SLOTS, slots, slots),
         Row(ENGINE, engine, engine),
+        Row("reward model of its own", demand.classifier, demand.classifier),
         Row("CUDA, NCCL, fragmentation", reserve, reserve),
         Row(OTHERS, others, others),
     ]
