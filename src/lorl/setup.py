@@ -48,7 +48,7 @@ def train(
             assert config.data.train is not None
             data = _data(config)
             train_set = load_prompts(data, config.data.train, tokenizer, "train")
-            val_set = load_prompts(data, config.data.val, tokenizer, "val") if config.data.val else None
+            val_set = load_prompts(data, config.data.val, tokenizer, "val") if config.data.val is not None else None
         _tell_left_out(train_set, console)
         loader = PromptLoader(
             train_set.prompts, config.data.prompts_per_step, shuffle=config.data.shuffle, seed=config.seed
@@ -99,7 +99,10 @@ def evaluate(config: RunConfig, console: Console) -> Evaluation:
         with console.phase("evaluating", total=len(val.prompts) * config.eval.n) as advance:
             adapter = TRAINED if config.adapter.path else None
             samples = Collector(config, worker, pool).evaluation(val.prompts, advance, adapter)
-    return judge(samples, success=config.eval.success)
+    found = judge(samples, success=config.eval.success)
+    if not found.n:
+        raise UserError(f"data.val: no answer to its {len(val.prompts)} prompts was graded; {found.failures()}.")
+    return found
 
 
 def check(config: RunConfig) -> None:
