@@ -211,6 +211,18 @@ def test_warnings_come_before_the_run(forks: Forks, tiny_model: Path, tmp_path: 
     assert told.index("algorithm.kl_in=reward with") < told.index("critic.* has no effect") < told.index("run folder")
 
 
+@pytest.mark.parametrize(("answer", "warned"), [(490, True), (489, False)])
+def test_answers_longer_than_the_model_reads_are_warned_of(
+    forks: Forks, tiny_model: Path, tmp_path: Path, answer: int, warned: bool
+):
+    keys = ["trainer.total_steps=1", f"rollout.max_response_tokens={answer}"]
+    done = forks.run(*small_run(tmp_path, tiny_model, *keys), cwd=tmp_path)
+    assert done.code == 0, done
+    told = f"rollout.max_response_tokens={answer} that is more than the 512 positions of model.path={tiny_model}"
+    assert (told in done.out) is warned, done
+    assert ("at most 489 make sense" in done.out) is warned
+
+
 def test_prompts_need_no_answers_where_a_model_alone_grades(forks: Forks, tiny_model: Path, tmp_path: Path):
     shape = LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                         num_attention_heads=2, num_labels=1, pad_token_id=1)  # fmt: skip

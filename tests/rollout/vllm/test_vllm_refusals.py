@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import LlamaConfig
 
 from lorl.errors import UserError
 from lorl.plan.footprint import ADAMW_BYTES, GRADIENT_BYTES, MASTER_BYTES
 from lorl.rollout.vllm import launch, versions
 from lorl.rollout.vllm.memory import GIB, Budget, budget, kv_bytes_per_token, moment_bytes, training_bytes
-from lorl.rollout.vllm.opening import _adapter_and_training_bytes
+from lorl.rollout.vllm.opening import _adapter_and_training_bytes, longest_sample
 from lorl.settings import load
 
 
@@ -53,6 +54,17 @@ def test_versions_that_work(installed: Callable[[dict[str, str]], None], found: 
     versions.check()
     assert versions.known()
     assert str(versions.installed()) in found.values()
+
+
+def test_samples_longer_than_the_base_reads() -> None:
+    config = load(None, ["data.max_prompt_tokens=400", "rollout.max_response_tokens=113"])
+    with pytest.raises(
+        UserError, match=r"max_prompt_tokens=400 and rollout\.max_response_tokens=113 are .* the 512 pos"
+    ):
+        longest_sample(config, LlamaConfig(max_position_embeddings=512))
+    assert longest_sample(config, LlamaConfig(max_position_embeddings=513)) == 513
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    assert longest_sample(config, LlamaConfig(max_position_embeddings=512, rope_parameters=scaled)) == 513
 
 
 def test_a_switch_of_vllms_that_sharing_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:

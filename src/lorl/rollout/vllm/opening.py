@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from lorl.config import RunConfig
+from lorl.errors import UserError
 from lorl.plan.demand import adapter_counts
 from lorl.plan.footprint import SPARE_TOKENS, fullest_cache
 from lorl.policy import adapters
-from lorl.policy.load import pick_device, pick_dtype
+from lorl.policy.load import pick_device, pick_dtype, positions
 from lorl.policy.policy import Policy
 from lorl.policy.shards import Sharers
 from lorl.policy.sharing import empty_model, parameter_bytes
@@ -129,7 +130,7 @@ def shape_of(
     """What vLLM is started with, and whether its KV cache must rest while the policy trains. Ranks that share it agree:
     their schedulers have to decide alike."""
     text = model.config.get_text_config()
-    max_tokens = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, _PROOF_TOKENS)
+    max_tokens = longest_sample(config, model.config)
     ways = 1 if spread is None else spread.sharers.size
     base, gathered = (parameter_bytes(model), 0) if spread is None else (spread.held, spread.gathered)
     per_token = kv_bytes_per_token(text, dtype.itemsize, ways)
@@ -166,6 +167,18 @@ def shape_of(
         can_rest=rests,
     )
     return shape, rests
+
+
+def longest_sample(config: RunConfig, shape: Any) -> int:
+    """Tokens of prompt and answer that the engine makes room for. Raises UserError where the base has no positions for
+    so many, which vLLM would refuse in keys of its own."""
+    prompt, answer = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if (known := positions(shape)) is not None and prompt + answer > known:
+        raise UserError(
+            f"data.max_prompt_tokens={prompt} and rollout.max_response_tokens={answer} are more than the {known} "
+            f"positions of model.path={config.model.path}; lower one of them."
+        )
+    return max(prompt + answer, _PROOF_TOKENS)
 
 
 def _adapter_and_training_bytes(
