@@ -139,6 +139,16 @@ MISTAKES: dict[str, tuple[str | list[str], Prepare, list[str]]] = {
     ),
     "missing reward file": ("reward.path=rewards.py", _nothing, ["rewards.py", "no such file"]),
     "syntax error": ("reward.path=bad.py", _text("bad.py", "x = 1\ndef compute_score(:\n"), ["bad.py:2"]),
+    "algorithms that raise": (
+        "algorithm.path=bad.py",
+        _text("bad.py", "x = 1\nraise ValueError('no\\nway')\n"),
+        ["bad.py:2: ValueError: no"],
+    ),
+    "algorithms that exit": (
+        "algorithm.path=bad.py",
+        _text("bad.py", "import sys\nsys.exit(0)\n"),
+        ["bad.py:2: SystemExit: 0"],
+    ),
     "missing function": (["reward.name=compute_scores"], _nothing, ["'compute_scores'", "compute_score"]),
     "reward file that raises": (
         "reward.path=bad.py",
@@ -344,14 +354,16 @@ def test_other_commands(forks: Forks, finished: list[str], tiny_model: Path, tmp
         (gsm8k / f"{split}.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "two"}) + "\n")
     adapter = tmp_path / "runs/r/checkpoints/step-3/adapter"
     (tmp_path / "there").mkdir()
+    judged = ["data.val=train.jsonl", f"model.path={tiny_model}", "rollout.max_response_tokens=12"]
     refused: list[tuple[list[object], str]] = [
         (["eval"], "data.val"),
-        (["eval", "data.val=train.jsonl", f"model.path={tiny_model}", "eval.n=4"], "eval.n=4"),
-        (["eval", "data.val=train.jsonl", f"model.path={tiny_model}", "reward.name=exact", "adapter.path=x"], "'x'"),
+        (["eval", *judged, "eval.n=4"], "eval.n=4"),
+        (["eval", *judged, "reward.name=exact", "adapter.path=x"], "'x'"),
         (["report", "runs/q"], "runs/q"),
         (["merge", tiny_model, "runs/r", "out"], "runs/r"),
         (["merge", "tinny", adapter, "out"], "tinny"),
         (["merge", tiny_model, adapter, "there"], "there exists already"),
+        (["merge", tiny_model, adapter, "train.jsonl/out"], "cannot write to train.jsonl/out: Not a directory"),
         (["data", "gsm8k", "--source", "nowhere", "--output", "d"], "nowhere"),
         (["data", "gsm8k", "--source", gsm8k, "--output", "d"], "train.jsonl:1"),
         (["data", "task", "number_sort", "--output", "d"], "'number_sorting'"),
