@@ -25,8 +25,15 @@ def test_help_lists_every_command_and_where_to_begin(forks: Forks, tmp_path: Pat
     shown = forks.run("--help", cwd=tmp_path).out
     for name in COMMANDS:
         assert re.search(rf"^\W*{name}\b", shown, re.MULTILINE), name
-    assert "lorl doctor" in shown
-    assert "lorl train" in shown
+    begin = " ".join(re.sub(r"[│╭╰]", " ", shown).split())
+    made = ["lorl doctor", "lorl data task number_sorting --output data/sort"]
+    made += ["lorl train data.train=data/sort/train.parquet data.val=data/sort/val.parquet"]
+    assert all(command in begin for command in made)
+    data = forks.run(
+        "data", "task", "number_sorting", "--output", "data/sort", "--train", "2", "--val", "2", cwd=tmp_path
+    )
+    assert data.code == 0, data
+    assert {file.name for file in (tmp_path / "data/sort").iterdir()} == {"train.parquet", "val.parquet"}
 
 
 def test_a_bare_command_shows_its_help(forks: Forks, tmp_path: Path):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from lorl import doctor as diagnosis
 from lorl.doctor import Check, check_requirement, doctor, exit_code, print_checks
@@ -52,6 +53,14 @@ def test_a_required_package_outside_its_range_fails_with_the_command(installed, 
     check = check_requirement(Requirement("peft>=0.21,<0.22"), installed)
     assert (check.status, check.detail) == (status, detail)
     assert check.fix == ("" if status == "ok" else "pip install 'peft<0.22,>=0.21'")
+
+
+@pytest.mark.parametrize(("installed", "status"), [(None, "missing"), ("0.19.0", "missing"), ("0.24.0", "ok")])
+def test_a_vllm_that_lorl_does_not_know_is_told_with_one_that_it_does(installed, status, monkeypatch, tmp_path):
+    monkeypatch.setattr(diagnosis.versions, "installed", lambda: installed and Version(installed))
+    check = {check.name: check for check in doctor(tmp_path, tmp_path)}["vllm"]
+    assert check.status == status
+    assert check.fix.startswith("pip install vllm==0.24.0 on a GPU machine" if status == "missing" else "")
 
 
 def test_too_little_disk_keeps_the_main_job_from_running(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from lorl.samples import Sample
 def sample(problem: str, index: int, reward: float | None, well_formed: float = 1.0) -> Sample:
     completion = Completion(Prompt(problem, [1], ""), index, [5, 6], [0.0, 0.0], "", "stop", 1)
     status = "timeout" if reward is None else "ok"
-    return Sample(completion, Outcome(status, reward, extras={"well_formed": well_formed}))
+    detail = "took too long" if reward is None else ""
+    return Sample(completion, Outcome(status, reward, detail, {"well_formed": well_formed}))
 
 
 def test_one_sample_a_problem() -> None:
@@ -34,3 +35,6 @@ def test_several_samples_give_pass_at_k() -> None:
 def test_what_could_not_be_graded_is_counted_and_not_judged() -> None:
     found = evaluate([sample("a", 0, 1.0), sample("a", 1, None), sample("b", 0, None)], success=1.0)
     assert (found.accuracy, found.n, found.failed) == (1.0, 1, {"timeout": 2})
+    assert found.sentence().endswith("1 problems, 100.0% well-formed); samples not graded: 2 'timeout' (took too long)")
+    nothing = evaluate([sample("a", 0, None)], success=1.0)
+    assert nothing.sentence() == "accuracy unknown: samples not graded: 1 'timeout' (took too long)"

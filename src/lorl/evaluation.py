@@ -13,7 +13,8 @@ from lorl.statistics import mean_interval, pass_at_k
 class Evaluation:
     """`accuracy` is pass@1, the mean over problems of the share of right samples; `low` and `high` bound it at 95%.
 
-    Problems of which no sample could be graded are not in `n`; `failed` counts samples by what went wrong.
+    Problems of which no sample could be graded are not in `n`; `failed` counts samples by what went wrong. Where `n` is
+    0 nothing is known, and the numbers are 0.
     """
 
     accuracy: float
@@ -25,6 +26,7 @@ class Evaluation:
     response_tokens_mean: float
     pass_at: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # k -> (value, low, high)
     failed: dict[str, int] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)  # of each kind in `failed`, what one of its samples came to
 
     def summary(self) -> dict[str, Any]:
         """JSON, as `summary.json` and `lorl eval --json` hold it."""
@@ -54,7 +56,15 @@ class Evaluation:
 
     def sentence(self) -> str:
         shape = "" if self.well_formed is None else f", {self.well_formed:.1%} well-formed"
-        return f"accuracy {self.accuracy:.3f} (95%: {self.low:.3f} to {self.high:.3f}; {self.n} problems{shape})"
+        if not self.n:
+            return f"accuracy unknown: {self.failures()}"
+        told = f"accuracy {self.accuracy:.3f} (95%: {self.low:.3f} to {self.high:.3f}; {self.n} problems{shape})"
+        return f"{told}; {self.failures()}" if self.failed else told
+
+    def failures(self) -> str:
+        """How many samples were not graded, by kind, each with an example."""
+        kinds = (f"{count} {status!r} ({self.details[status]})" for status, count in self.failed.items())
+        return "samples not graded: " + ", ".join(kinds)
 
 
 def evaluate(samples: Sequence[Sample], *, success: float) -> Evaluation:
@@ -77,7 +87,8 @@ def evaluate(samples: Sequence[Sample], *, success: float) -> Evaluation:
     for k in [2**i for i in range(1, 11) if 2**i <= fewest]:
         values = [pass_at_k(len(marks), sum(marks), k) for marks in right.values()]
         pass_at[k] = (sum(values) / len(values), *mean_interval(values))
-    failed = Counter(s.outcome.status for s in samples if s.outcome.status != "ok")
+    lost = [s.outcome for s in samples if s.outcome.status != "ok"]
+    failed = Counter(outcome.status for outcome in lost)
     return Evaluation(
         accuracy=_mean(scores),
         low=low,
@@ -88,6 +99,7 @@ def evaluate(samples: Sequence[Sample], *, success: float) -> Evaluation:
         response_tokens_mean=_mean([float(len(s.completion.tokens)) for s in samples]),
         pass_at=pass_at,
         failed=dict(failed),
+        details={outcome.status: outcome.detail for outcome in reversed(lost)},
     )
 
 

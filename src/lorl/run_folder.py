@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ log = logging.getLogger("lorl")
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
+LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 ROLLOUTS = "rollouts"
 
@@ -47,6 +49,7 @@ class RunFolder:
     resume_from: Path | None  # the checkpoint that the run goes on from; None: from its start
     config: RunConfig
     _lock: int  # file descriptor
+    _made: bool  # by this process: it was not there before
 
     @classmethod
     def open(cls, config: RunConfig, config_yaml: str) -> "RunFolder":
@@ -72,6 +75,7 @@ class RunFolder:
         try:
             if path.exists() and not (path / CONFIG).exists() and _holds_something_else(path):
                 raise UserError(f"{path} exists and is not the folder of a run; choose another run.name")
+            made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             lock = _acquire(path)
         except OSError as error:
@@ -89,7 +93,7 @@ class RunFolder:
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, start, config, lock)
+        return cls(path, start, config, lock, made)
 
     def rewind(self, step: int | None) -> None:
         """Removes rollouts of steps after `step` (all of them for None): the run goes on from there and makes them
@@ -126,8 +130,20 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._made and isinstance(error, UserError):
+            self._remove_unbegun()
         self.close()
+
+    def _remove_unbegun(self) -> None:
+        """Where a mistake showed before the run began, nothing in the folder is worth more than the corrected command
+        makes again, and under a name made from the time that command would leave it lying."""
+        files = [self.path / name for name in (CONFIG, ENVIRONMENT, LOCK)]
+        with suppress(OSError):  # the mistake is what has to be said
+            if set(self.path.iterdir()) <= set(files):
+                for file in files:
+                    file.unlink(missing_ok=True)
+                self.path.rmdir()
 
 
 # Names and locks
@@ -160,7 +176,7 @@ def _holds_something_else(path: Path) -> bool:
 
 def _acquire(path: Path) -> int:
     """The descriptor of the locked lock file. Closing it, or the death of the process, frees the folder."""
-    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

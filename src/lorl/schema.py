@@ -89,13 +89,15 @@ def in_words(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         size = next((f"{c.min_length} " for c in constraints if isinstance(c, annotated_types.MinLen)), "")
         item = in_words(args[0])
         return f"a list of {size}" + (
-            item if item == "text" else item.removeprefix("a ").replace("number", "numbers", 1)
+            item if item.startswith("text") else item.removeprefix("a ").replace("number", "numbers", 1)
         )
     if origin is dict:
         return "a mapping"
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}[annotation]
     symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [f"{symbols[k]} {getattr(c, k)}" for c in constraints for k in symbols if hasattr(c, k)]
+    if name == "text" and any(isinstance(c, annotated_types.MinLen) for c in constraints):
+        name = "text that is not empty"
     return f"{name} {' and '.join(bounds)}".rstrip()
 
 

@@ -18,7 +18,7 @@ from lorl.experience import Prompt
 from lorl.objective import Objective
 from lorl.parallel import start
 from lorl.parallel.workers import Workers
-from lorl.policy.load import TRAINED, load_tokenizer
+from lorl.policy.load import TRAINED, load_shape, load_tokenizer, positions
 from lorl.rewards.pool import RewardPool
 from lorl.run_folder import RunFolder
 from lorl.samples import Collector
@@ -48,8 +48,9 @@ def train(
             assert config.data.train is not None
             data = _data(config)
             train_set = load_prompts(data, config.data.train, tokenizer, "train")
-            val_set = load_prompts(data, config.data.val, tokenizer, "val") if config.data.val else None
+            val_set = load_prompts(data, config.data.val, tokenizer, "val") if config.data.val is not None else None
         _tell_left_out(train_set, console)
+        _warn_of_length(config, [*train_set.prompts, *(val_set.prompts if val_set else [])], console)
         loader = PromptLoader(
             train_set.prompts, config.data.prompts_per_step, shuffle=config.data.shuffle, seed=config.seed
         )
@@ -91,6 +92,7 @@ def evaluate(config: RunConfig, console: Console) -> Evaluation:
         with console.phase("reading prompts"):
             val = load_prompts(_data(config), config.data.val, tokenizer, "val")
         _tell_left_out(val, console)
+        _warn_of_length(config, val.prompts, console)
         pool = _rule(config, val.prompts, stack)
         with console.phase(f"loading {config.model.path}"):
             worker = start.start_workers(config, tokenizer, console.info)
@@ -99,7 +101,10 @@ def evaluate(config: RunConfig, console: Console) -> Evaluation:
         with console.phase("evaluating", total=len(val.prompts) * config.eval.n) as advance:
             adapter = TRAINED if config.adapter.path else None
             samples = Collector(config, worker, pool).evaluation(val.prompts, advance, adapter)
-    return judge(samples, success=config.eval.success)
+    found = judge(samples, success=config.eval.success)
+    if not found.n:
+        raise UserError(f"data.val: no answer to its {len(val.prompts)} prompts was graded; {found.failures()}.")
+    return found
 
 
 def check(config: RunConfig) -> None:
@@ -189,6 +194,19 @@ def _rank_advice(config: RunConfig) -> str | None:
     return (
         f"adapter.rank={config.adapter.rank} with {batch} prompts an update has been seen to collapse; a rank of 32 or "
         "less, or a smaller algorithm.minibatch_prompts, is safer (docs/recipes.md)"
+    )
+
+
+def _warn_of_length(config: RunConfig, prompts: list[Prompt], console: Console) -> None:
+    """Past the positions that it was made for, a model computes something, and nobody trained it to."""
+    known, longest = positions(load_shape(config.model)), max(len(prompt.tokens) for prompt in prompts)
+    answer = config.rollout.max_response_tokens
+    if known is None or longest + answer <= known:
+        return
+    console.warn(
+        f"the longest prompt has {longest} tokens, and with rollout.max_response_tokens={answer} that is more than the "
+        f"{known} positions of model.path={config.model.path}; "
+        + (f"at most {known - longest} make sense" if longest < known else "lower data.max_prompt_tokens as well")
     )
 
 

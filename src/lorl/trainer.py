@@ -7,6 +7,7 @@ was killed and resumed computes the numbers of the run that was not.
 """
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from lorl.algorithms.kl import AdaptiveKL, FixedKL
 from lorl.checkpoint import Adapter, Checkpoint, SaveFailed
 from lorl.config import RunConfig
 from lorl.data.loader import PromptLoader
-from lorl.errors import DivergedError
+from lorl.errors import DivergedError, UserError
 from lorl.estimation import estimate
 from lorl.evaluation import Evaluation, evaluate
 from lorl.experience import Prompt
@@ -45,6 +46,7 @@ class Progress:
     cursor: int = 0  # prompts taken off the data
     kl: dict[str, float] = field(default_factory=dict)  # the KL coefficient's controller
     skipped_in_a_row: int = 0
+    ungraded_in_a_row: int = 0
     seconds: float = 0.0
     rollout_tokens: int = 0
     trained_tokens: int = 0
@@ -91,6 +93,7 @@ class Trainer:
         Raises:
             DivergedError: non-finite steps in a row, or an engine that samples from something else than the policy.
             SaveFailed: the last checkpoint could not be written.
+            UserError: no reward of several steps in a row came to anything; what was learned before is saved.
         """
         with StopRequest(self.console.warn) as stop:
             self.workers.publish()
@@ -167,6 +170,7 @@ class Trainer:
         self.trackers.log(step, values)
         self.console.step(step, values, self.total_steps)
         self._save_if_due(step)
+        self._check_graded(step, batch.drawn)
 
     def _control_kl(self, values: Mapping[str, float], samples: int) -> dict[str, float]:
         """Moves the KL coefficient after a step, where it is adaptive. Returns the one that the step used."""
@@ -200,13 +204,31 @@ class Trainer:
                 "checkpoint is from before. Lower optim.lr, or raise trainer.max_skipped_steps to wait longer."
             )
 
+    def _check_graded(self, step: int, samples: Sequence[Sample]) -> None:
+        """A reward that never comes to anything teaches nothing, however long the run: it ends, and can go on later."""
+        failed = Counter(sample.outcome.status for sample in samples if sample.outcome.reward is None)
+        if failed.total() < len(samples):
+            self.progress.ungraded_in_a_row = 0
+            return
+        self.progress.ungraded_in_a_row += 1
+        if self.progress.ungraded_in_a_row < self.config.trainer.max_skipped_steps:
+            return
+        self._save()
+        status = failed.most_common(1)[0][0]
+        detail = next(sample.outcome.detail for sample in samples if sample.outcome.status == status)
+        raise UserError(
+            f"no sample was graded in {self.progress.ungraded_in_a_row} steps in a row ({status!r}: {detail}); mend "
+            f"the reward and give the same command with run.name={self.folder.path.name} to go on after step {step}, "
+            "or raise trainer.max_skipped_steps to wait longer."
+        )
+
     def _evaluate_if_due(self, step: int) -> Mapping[str, float]:
         every = self.config.trainer.eval_every
         if not self.val or not (step == self.total_steps or (every and step % every == 0)):
             return {}
         found = self._evaluate("evaluating")
         self.progress.after = found.summary()
-        if self.progress.best is None or found.accuracy > self.progress.best["accuracy"]:
+        if found.n and (self.progress.best is None or found.accuracy > self.progress.best["accuracy"]):
             self.progress.best = {"step": step, "accuracy": found.accuracy}
         self.console.info(f"step {step}: {found.sentence()}")
         return found.metrics()

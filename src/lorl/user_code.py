@@ -29,8 +29,9 @@ def import_algorithms(path: str) -> None:
     except SyntaxError as error:
         del sys.modules[name]
         raise UserError(f"algorithm.path: {error.filename}:{error.lineno}: {error.msg}") from None
-    except Exception as error:  # the user's code raises what it likes
+    except (Exception, SystemExit) as error:  # the user's code raises what it likes
         del sys.modules[name]
         own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         what = str(error) if isinstance(error, LorlError) else f"{type(error).__name__}: {error}"
+        what = what.split("\n", 1)[0]
         raise UserError(f"algorithm.path: {file}:{own[-1] if own else 1}: {what}") from None

@@ -136,6 +136,7 @@ def test_values_that_json_does_not_have_are_refused_when_submitted() -> None:
             "def compute_score(answer): ...",
             "compute_score requires 'answer', but it is called by keyword with data_source",
         ),
+        ("def compute_score(data_sources, solution_strs): ...", "requires 'data_sources'.*; set reward.batched=true"),
         ("def compute_score(solution_str, scale): ...", "takes no argument 'scal'.*did you mean 'scale'"),
     ],
 )

@@ -67,6 +67,12 @@ def test_the_users_file_is_read_not_run(tmp_path: Path, source: str | None, name
         resolve(RewardConfig(path=str(path), name=name), {"x"})
 
 
+def test_a_file_that_cannot_be_read() -> None:
+    unreadable = "/proc/self/mem"  # for root as well
+    with pytest.raises(UserError, match=f"reward.path={unreadable} cannot be read: Input/output error"):
+        resolve(RewardConfig(path=unreadable), {"x"})
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -86,7 +86,7 @@ def load_prompts(
 
 
 def _read_all(paths: Sequence[str], config: DataConfig, key: str) -> list[Row]:
-    if not paths:
+    if not paths or "" in paths:
         raise UserError(f"{key} names no file; set it to a .parquet or .jsonl file")
     rows: list[Row] = []
     for path in paths:

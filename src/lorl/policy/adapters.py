@@ -18,6 +18,20 @@ from lorl.plan.lora import Lora, lora_on
 from lorl.plan.shape import Shape
 from lorl.seeding import stable_seed
 
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # peft takes B A out of the weights
+_OTHER = "is a kind of adapter that lorl does not compute"
+_OTHER_KINDS: dict[str, tuple[Any, str]] = {  # field of the file -> its value in plain LoRA, and what another does
+    "bias": ("none", "trains the base's own biases, and the base is frozen and shared"),
+    "layer_replication": (None, "makes another base, of repeated layers"),
+    "alora_invocation_tokens": (None, _OTHER),
+    "arrow_config": (None, _OTHER),
+    "kasa_config": (None, _OTHER),
+    "monteclora_config": (None, _OTHER),
+    "velora_config": (None, _OTHER),
+    "use_bdlora": (None, _OTHER),
+    "use_qalora": (False, _OTHER),
+}
+
 
 def attach(model: PreTrainedModel, name: str, config: AdapterConfig, seed: int) -> PeftModel:
     """Wraps the frozen base with its first adapter: fresh, or the one in `config.path`.
@@ -152,6 +166,7 @@ def read_config(folder: Path, key: str = "adapter.path") -> LoraConfig:
         raw = json.loads(path.read_text())
         if raw.get("peft_type") != "LORA":
             raise UserError(f"{path}: peft_type is {raw.get('peft_type')!r}; lorl trains LORA adapters.")
+        _check_kind(raw, path)
         return LoraConfig(**_config_fields(raw))
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is not a peft adapter configuration: {_first_sentence(error)}") from None
@@ -202,6 +217,19 @@ def _config_fields(raw: dict[str, Any]) -> dict[str, Any]:
     known = LoraConfig.__dataclass_fields__
     given = {key: value for key, value in raw.items() if key in known}
     return given | {"inference_mode": False, "base_model_name_or_path": None}
+
+
+def _check_kind(raw: dict[str, Any], path: Path) -> None:
+    """Refuses what peft would change the base for, which is frozen and shared, and what computes no LoRA."""
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
+        raise UserError(
+            f"{path}: init_lora_weights={init!r} changes the base's weights, and lorl's are frozen; have peft save it "
+            "as plain LoRA, with save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER)."
+        )
+    for field, (plain, what) in _OTHER_KINDS.items():
+        if (value := raw.get(field)) and value != plain:
+            raise UserError(f"{path}: {field}={value!r} {what}; make the adapter with {field}={plain!r}.")
 
 
 def _check_targets(model: nn.Module, lora: LoraConfig) -> None:

@@ -45,6 +45,17 @@ def load_shape(config: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
+def positions(shape: Any) -> int | None:
+    """Tokens, prompt and answer together, that a base of this configuration was made for, scaled rotary embeddings
+    taken at their most; None where it does not say."""
+    text = shape.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]  # some models: one a layer type
+    factor = max(1.0, *(kind.get("factor") or 1.0 for kind in kinds))
+    known = getattr(text, "max_position_embeddings", None)
+    return None if known is None else int(known * factor)
+
+
 def weights_path(config: ModelConfig) -> str:
     """`resolve(config.path)`, or its copy in shared memory where `config` asks for one."""
     path = resolve(config.path, weights=not config.random_weights)

@@ -21,7 +21,7 @@ def merge(base: str, adapter: Path, output: Path) -> None:
     W + scaling * B A is computed in float32 and rounded once to the base's own dtype.
 
     Raises:
-        UserError: `output` exists, or base and adapter don't fit each other. Nothing is left behind.
+        UserError: `output` exists or cannot be written, or base and adapter don't fit each other. Nothing is left.
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder for the merged model.")
@@ -38,6 +38,7 @@ def merge(base: str, adapter: Path, output: Path) -> None:
         merged.to(own_dtype).save_pretrained(work)
         tokenizer.save_pretrained(work)
         work.rename(output)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror or error}") from None
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise

@@ -1,5 +1,6 @@
 """The policy: one frozen base in memory, named adapters on it, and the quantities that training reads off it."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,9 @@ from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logits, linear
 
 _NOISE = 2.0  # times what two exact attentions differ by in half precision
 _DIFFERENT = 0.3  # relative: attention that leaves something out is off by more, however deep the model
+# How peft names what adapters hold, and what it puts around a module of the base.
+_LEARNED = re.compile(r"\blora_|\.modules_to_save\.|\.trainable_tokens_")
+_WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)\b")
 
 
 @dataclass(slots=True)
@@ -290,7 +294,7 @@ class Policy:
     def base_tensors(self) -> dict[str, Tensor]:
         """The base's frozen weights under its own names, sorted; adapters are left out."""
         named = self.peft.get_base_model().named_parameters()
-        found = {name.replace(".base_layer", ""): value.detach() for name, value in named if "lora_" not in name}
+        found = {_WRAPPED.sub("", name): value.detach() for name, value in named if not _LEARNED.search(name)}
         return dict(sorted(found.items()))
 
     def base_fingerprint(self) -> str:

@@ -81,8 +81,11 @@ def bind(function: Callable[..., Any], kwargs: dict[str, Any], arguments: dict[s
     for p in parameters:
         required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         if required and (p.kind is p.POSITIONAL_ONLY or p.name not in arguments.keys() | kwargs.keys()):
+            other = next((flag for flag, names in (("true", PLURAL), ("false", SINGULAR)) if p.name in names), None)
+            hint = f"; set reward.batched={other}" if other and p.name not in arguments else ""
             raise UserError(
                 f"{name} requires {p.name!r}, but it is called by keyword with {', '.join(arguments)} and reward.kwargs"
+                f"{hint}"
             )
     passed = [keyword for keyword in arguments if (takes_any or keyword in by_name) and keyword not in kwargs]
     return lambda **values: function(**{keyword: values[keyword] for keyword in passed}, **kwargs)

@@ -103,6 +103,8 @@ def check_function(path: Path, name: str) -> None:
         raise UserError(f"reward.path={path}: there is no such file (looked in {Path.cwd()})")
     try:
         module = ast.parse(path.read_bytes(), filename=str(path))
+    except OSError as error:
+        raise UserError(f"reward.path={path} cannot be read: {error.strerror}") from None
     except SyntaxError as error:
         raise UserError(f"reward.path: {path}:{error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:  # null bytes; nested too deeply

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
+from transformers import LlamaConfig
 
 from lorl.errors import UserError
 from lorl.plan import memory
@@ -13,6 +14,8 @@ from lorl.plan.footprint import Cache, kv_cache, usual_cache
 from lorl.plan.hardware import GIB, RESERVE
 from lorl.rollout.vllm import launch, versions
 from lorl.rollout.vllm.memory import check
+from lorl.rollout.vllm.opening import longest_sample
+from lorl.settings import load
 
 
 @pytest.fixture
@@ -51,6 +54,17 @@ def test_versions_that_work(installed: Callable[[dict[str, str]], None], found: 
     versions.check()
     assert versions.known()
     assert str(versions.installed()) in found.values()
+
+
+def test_samples_longer_than_the_base_reads() -> None:
+    config = load(None, ["data.max_prompt_tokens=400", "rollout.max_response_tokens=113"])
+    with pytest.raises(
+        UserError, match=r"max_prompt_tokens=400 and rollout\.max_response_tokens=113 are .* the 512 pos"
+    ):
+        longest_sample(config, LlamaConfig(max_position_embeddings=512))
+    assert longest_sample(config, LlamaConfig(max_position_embeddings=513)) == 513
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    assert longest_sample(config, LlamaConfig(max_position_embeddings=512, rope_parameters=scaled)) == 513
 
 
 def test_a_switch_of_vllms_that_sharing_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:

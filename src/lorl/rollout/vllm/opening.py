@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -10,13 +11,14 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from lorl.config import RunConfig
+from lorl.errors import UserError
 from lorl.plan.demand import demand_of
 from lorl.plan.hardware import Cluster, described_gpu
 from lorl.plan.layout import Layout
 from lorl.plan.memory import Memory, memory
 from lorl.plan.shape import Shape
 from lorl.policy import adapters
-from lorl.policy.load import pick_device, pick_dtype
+from lorl.policy.load import pick_device, pick_dtype, positions
 from lorl.policy.policy import Policy
 from lorl.policy.shards import Sharers
 from lorl.policy.sharing import empty_model
@@ -87,6 +89,7 @@ def _open(config: RunConfig, mode: str, sharers: Sharers | None) -> Opening:
     model = empty_model(config.model, dtype)
     if sharers is not None:
         tensor_parallel.check(model.config, sharers.size)
+    max_tokens = longest_sample(config, model.config)
     held = planned(config, model, device, lora, sharers.size if sharers else None)
     check(held, config.rollout.rest)
     kv_bytes, rests = held.cache.wanted, held.cache.rests
@@ -96,7 +99,7 @@ def _open(config: RunConfig, mode: str, sharers: Sharers | None) -> Opening:
     shape = launch.Shape(
         rank=launch.slot_rank(lora),
         slots=config.rollout.adapter_slots,
-        max_tokens=max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, _PROOF_TOKENS),
+        max_tokens=max_tokens,
         kv_bytes=kv_bytes,
         can_rest=rests,
     )
@@ -127,6 +130,18 @@ def planned(
     free, total = _memory(device, parallel.gpus)
     cluster = Cluster(described_gpu(None, total), parallel.gpus, parallel.nodes)
     return memory(demand, layout, cluster, others=total - free)
+
+
+def longest_sample(config: RunConfig, shape: Any) -> int:
+    """Tokens of prompt and answer that the engine makes room for. Raises UserError where the base has no positions for
+    so many, which vLLM would refuse in keys of its own."""
+    prompt, answer = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if (known := positions(shape)) is not None and prompt + answer > known:
+        raise UserError(
+            f"data.max_prompt_tokens={prompt} and rollout.max_response_tokens={answer} are more than the {known} "
+            f"positions of model.path={config.model.path}; lower one of them."
+        )
+    return max(prompt + answer, _PROOF_TOKENS)
 
 
 def _memory(device: torch.device, ranks: int) -> tuple[int, int]:

