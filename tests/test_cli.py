@@ -1,5 +1,6 @@
 """The `lorl` command as a stranger meets it: help, answers in words, exit codes, clean output."""
 
+import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,11 @@ def test_every_command_has_help(forks: Forks, tmp_path: Path, command: tuple[str
     shown = forks.run(*command, "--help", cwd=tmp_path)
     assert (shown.code, shown.err) == (0, "")
     assert " ".join(["Usage: lorl", *command]) in shown.out
+
+
+def test_the_version_is_the_installed_one(forks: Forks, tmp_path: Path) -> None:
+    shown = forks.run("--version", cwd=tmp_path)
+    assert (shown.code, shown.out) == (0, f"lorl {importlib.metadata.version('lorl')}\n")
 
 
 def test_help_lists_every_command_and_where_to_begin(forks: Forks, tmp_path: Path):

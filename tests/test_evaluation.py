@@ -38,3 +38,4 @@ def test_what_could_not_be_graded_is_counted_and_not_judged() -> None:
     assert found.sentence().endswith("1 problems, 100.0% well-formed); samples not graded: 2 'timeout' (took too long)")
     nothing = evaluate([sample("a", 0, None)], success=1.0)
     assert nothing.sentence() == "accuracy unknown: samples not graded: 1 'timeout' (took too long)"
+    assert nothing.metrics() == {}

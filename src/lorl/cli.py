@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from lorl import __version__
 from lorl.errors import LorlError, UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,21 @@ def _split(words: list[str] | None) -> tuple[Path | None, list[str]]:
     if words and "=" not in words[0] and not words[0].startswith("~"):
         return Path(words[0]), words[1:]
     return None, words
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lorl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print lorl's version and end")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -159,7 +175,7 @@ def plan(
     """Memory by what holds it, and seconds by phase, before a run starts: lorl plan [FILE.yaml] key=value ...
 
     Needs the model's shape only: a folder with its config.json, or a name such as qwen2.5-72b. Exit code 2: it does not
-    fit, and the last line says what would.
+    fit, and the verdict says what would.
     """
     from lorl import settings
 

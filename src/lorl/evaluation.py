@@ -43,7 +43,9 @@ class Evaluation:
         }
 
     def metrics(self) -> dict[str, float]:
-        """For the trackers."""
+        """For the trackers; nothing where nothing was graded."""
+        if not self.n:
+            return {}
         found = {
             "eval/accuracy": self.accuracy,
             "eval/accuracy_low": self.low,
