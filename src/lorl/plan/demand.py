@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorl.errors import UserError
 from lorl.plan.footprint import Pass
@@ -122,7 +122,6 @@ def demand_of(
     learning, frozen = adapter_counts(config)
     prompts, samples = config.data.prompts_per_step, config.rollout.n
     mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
-    recompute = config.model.gradient_checkpointing
     demand = Demand(
         device=device,
         shape=shape,
@@ -143,20 +142,8 @@ def demand_of(
         critic_epochs=config.critic.epochs if objective.needs_critic else 0,
         scorings=objective.needs_old_logprobs + has_reference + objective.needs_critic,
         entropy=algorithm.entropy_coef != 0,
-        microbatch_tokens=config.parallel.microbatch_tokens,
-        sequence=config.parallel.sequence,
-        recompute=recompute if on_gpu else recompute is True,
-        engine=_engine(config),
-        concurrent=config.rollout.max_concurrent,
-        engine_tokens=config.rollout.max_batched_tokens or max(ENGINE_TOKENS, config.rollout.max_concurrent),
-        slots=config.rollout.adapter_slots,
-        memory_fraction=config.rollout.memory_fraction,
-        rest=config.rollout.rest,
-        shard_size=config.parallel.shard_size,
-        offload=on_gpu and config.parallel.param_offload,
-        optimizer_offload=on_gpu and config.parallel.optimizer_offload,
-        activation_offload=on_gpu and config.model.activation_offload,
         shm_files=_shm_files(config.model, shape, notes),
+        **_memory_settings(config, on_gpu),
     )
     lengths = "as long as allowed" if config.rollout.ignore_eos else "half of the longest allowed"
     notes.append(
@@ -166,6 +153,27 @@ def demand_of(
     if demand.engine == "torch":
         notes.append("the rollout's seconds are vLLM's; the embedded engine, which samples, is not built for GPUs")
     return demand, notes
+
+
+def _memory_settings(config: "RunConfig", on_gpu: bool) -> dict[str, Any]:
+    """The fields of Demand that decide where things lie and for how long."""
+    model, rollout, parallel = config.model, config.rollout, config.parallel
+    recompute = model.gradient_checkpointing
+    return {
+        "microbatch_tokens": parallel.microbatch_tokens,
+        "sequence": parallel.sequence,
+        "recompute": recompute if on_gpu else recompute is True,
+        "engine": _engine(config),
+        "concurrent": rollout.max_concurrent,
+        "engine_tokens": rollout.max_batched_tokens or max(ENGINE_TOKENS, rollout.max_concurrent),
+        "slots": rollout.adapter_slots,
+        "memory_fraction": rollout.memory_fraction,
+        "rest": rollout.rest,
+        "shard_size": parallel.shard_size,
+        "offload": on_gpu and parallel.param_offload,
+        "optimizer_offload": on_gpu and parallel.optimizer_offload,
+        "activation_offload": on_gpu and model.activation_offload,
+    }
 
 
 def _engine(config: "RunConfig") -> Engine:
