@@ -1,5 +1,6 @@
 """The plan beside what was seen on GPUs: memory within 10%, and the seconds it was calibrated with within a tenth."""
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -11,9 +12,11 @@ from lorl.plan.footprint import Pass
 from lorl.plan.hardware import GIB, GPUS, Cluster
 from lorl.plan.layout import Layout
 from lorl.plan.lora import lora_on
+from lorl.plan.memory import GRADIENTS, MASTERS, OPTIMIZER
 from lorl.plan.seconds import training_operations, training_share
 from lorl.plan.shape import find_shape
 from lorl.settings import load
+from training_peak import training_peak_bytes
 
 SHAPE = find_shape("qwen2.5-1.5b")
 LORA = lora_on(SHAPE, 32, "all-linear")
@@ -37,16 +40,30 @@ def run_of(*overrides: str) -> Demand:
 )
 def test_training_passes(tokens: int, eager: bool, recompute: bool, gib: float) -> None:
     how = Pass(2, eager=eager, recompute=recompute)
-    held = footprint.training_peak_bytes(SHAPE, LORA, tokens, tokens * 16 // 17, how, "cuda")
+    held = training_peak_bytes(SHAPE, LORA, tokens, tokens * 16 // 17, how, "cuda")
     base, adapter = SHAPE.parameters * 2, LORA.parameters * (footprint.MASTER_BYTES + footprint.GRADIENT_BYTES)
     assert (held + base + adapter) / GIB == pytest.approx(gib, rel=0.1)
 
 
-def test_ppo_takes_what_two_more_adapters_take() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_plan_counts_such_a_pass(recompute: bool) -> None:
+    """What a run leaves to training is the peak that the other tests hold to what is seen."""
+    demand = run_of("parallel.microbatch_tokens=4352", f"model.gradient_checkpointing={recompute}", "rollout.n=16")
+    how = demand.passes_as(4352, recompute=recompute)
+    peak = training_peak_bytes(SHAPE, LORA, 4352, 4352, how, "cuda")
+    assert make_plan(demand, Layout("ddp"), ONE).memory.cache.training == peak
+
+
+def test_ppo_takes_what_two_more_adapters_take(tmp_path: Path) -> None:
     """docs/performance.md, "One base for everything": 22.5 GiB with critic and reward model, 21.8 without."""
-    policy, critic, scorer = (footprint.adapter_bytes(LORA.parameters, learns=learns) for learns in (True, True, False))
-    assert policy == critic
-    assert (critic + scorer) / GIB == pytest.approx(22.5 - 21.8, abs=0.1)
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    def adapters(*words: str) -> int:
+        held = make_plan(run_of(*words), Layout("ddp"), ONE).memory
+        return sum(held.row(holder).training for holder in (MASTERS, GRADIENTS, OPTIMIZER))
+
+    ppo = adapters("algorithm.advantage=gae", f"reward_model.path={tmp_path}")
+    assert (ppo - adapters()) / GIB == pytest.approx(22.5 - 21.8, abs=0.1)
 
 
 def test_an_engine_with_the_largest_cache_it_takes_by_itself() -> None:

@@ -106,21 +106,9 @@ def head_moment_bytes(shape: Shape, targets: int, how: Pass, device: str) -> int
     return rows * arrays + targets * how.itemsize * shape.hidden * (2 + how.entropy)
 
 
-def training_peak_bytes(shape: Shape, lora: Lora, tokens: int, targets: int, how: Pass, device: str) -> int:
-    """The largest that a forward and backward pass over `tokens` packed tokens, `targets` of them sampled, holds beyond
-    base and adapter. The head and the worst layer are never at work together."""
-    moment = max(layer_moment_bytes(shape, lora, tokens, how), head_moment_bytes(shape, targets, how, device))
-    return kept_bytes(shape, lora, tokens, how) + moment
-
-
 def kv_bytes(shape: Shape, itemsize: int, ways: int = 1) -> int:
     """Keys and values of one token over all layers, on each of `ways` tensor-parallel ranks."""
     return 2 * shape.layers * math.ceil(shape.kv_heads / ways) * shape.head_dim * itemsize
-
-
-def adapter_bytes(parameters: int, *, learns: bool) -> int:
-    """Masters, and of an adapter that learns gradients and AdamW's moments."""
-    return parameters * (MASTER_BYTES + (GRADIENT_BYTES + ADAMW_BYTES if learns else 0))
 
 
 def slot_bytes(shape: Shape, rank: int, itemsize: int, slots: int, ways: int = 1) -> int:
