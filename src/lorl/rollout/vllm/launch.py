@@ -67,7 +67,7 @@ def graph_sizes(most: int) -> list[int]:
 
 def compilation(config: RunConfig) -> dict[str, Any]:
     """vLLM's CompilationConfig on a GPU: by default graphs of decoding steps and nothing compiled, which starts several
-    times sooner and decodes as fast ("Starting vLLM" in docs/performance.md)."""
+    times sooner and decodes a few percent slower ("Starting vLLM" in docs/performance.md)."""
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": graph_sizes(config.rollout.max_concurrent)}
     return graphs if config.rollout.compile else graphs | {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 
