@@ -9,6 +9,7 @@ from torch import Tensor
 from lorl.experience import COMPUTED, Completion, Experience, Forest, Outcome, Prompt, Sampled
 
 MIN_SHARED_PREFIX = 8  # tokens; below this a segment of its own isn't worth its attention call
+MAX_REPEATED = 0.25  # of what fills a micro-batch: tokens that the next one computes again
 
 
 @dataclass(slots=True)
@@ -179,34 +180,47 @@ def select(experience: Experience, sequences: Tensor) -> Experience:
 def cut(experience: Experience, sequences: Tensor, budget: int) -> list[Tensor]:
     """Cuts `sequences` (int64, ascending) into micro-batches of at most `budget` packed tokens where they fit.
 
-    A segment that several samples share counts once in each micro-batch; a group is only cut when it does not fit
-    whole.
+    A segment that several samples share counts once in each micro-batch. The room that a group leaves is filled with
+    samples of the next one, unless what both of its parts would then hold is too much beside what is filled.
     """
     forest = experience.forest
     lengths = (forest.segments[1:] - forest.segments[:-1]).tolist()
-    ancestors: list[list[int]] = []  # of each segment, itself last
+    ancestors: list[set[int]] = []  # of each segment, and itself
     for segment, parent in enumerate(forest.parent.tolist()):
-        ancestors.append([*(ancestors[parent] if parent >= 0 else []), segment])
+        ancestors.append({*(ancestors[parent] if parent >= 0 else ()), segment})
     chain = [ancestors[segment] for segment in experience.leaf.tolist()]
     groups: dict[int, list[int]] = {}
     for index in sequences.tolist():
         groups.setdefault(int(experience.layout.group[index]), []).append(index)
 
-    cuts: list[list[int]] = []
+    def size(segments: set[int]) -> int:
+        return sum(lengths[segment] for segment in segments)
+
+    def union(indices: Sequence[int]) -> set[int]:
+        return set().union(*(chain[index] for index in indices))
+
+    def filling(members: Sequence[int]) -> Sequence[int]:
+        """As many of a group's first members as fit beside what is held, or none."""
+        count = next(i for i in range(len(members)) if size(held | union(members[: i + 1])) > budget)
+        first, rest = union(members[:count]) - held, union(members[count:])
+        return members[:count] if size(first & rest) <= MAX_REPEATED * size(first) else ()
+
+    cuts: list[list[int]] = [[]]
     held: set[int] = set()  # segments in the last cut
-
-    def fits(indices: Sequence[int]) -> bool:
-        return bool(cuts) and sum(lengths[s] for s in held.union(*(chain[i] for i in indices))) <= budget
-
     for members in groups.values():
-        whole = fits(members)
-        for position, indices in enumerate([members] if whole else [[index] for index in members]):
-            if not fits(indices) or (position == 0 and not whole):  # a group that doesn't fit whole starts a new cut
+        if held and size(held | union(members)) > budget:
+            first = filling(members)
+            cuts[-1] += first
+            members = members[len(first) :]
+            cuts.append([])
+            held = set()
+        for index in members:
+            if held and size(held | chain[index]) > budget:
                 cuts.append([])
                 held = set()
-            cuts[-1] += indices
-            held.update(*(chain[index] for index in indices))
-    return [torch.tensor(indices) for indices in cuts]
+            cuts[-1].append(index)
+            held = held | chain[index]
+    return [torch.tensor(indices) for indices in cuts if indices]
 
 
 def _with_ancestors(forest: Forest, leaves: Tensor) -> Tensor:

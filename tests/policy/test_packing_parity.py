@@ -127,6 +127,28 @@ def test_any_cut_into_micro_batches_keeps_every_number(tiny_model: Path, budget:
     assert len(cuts) == {1: 12, 10_000: 1}.get(budget, len(cuts))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer", "budget", "filled"),
+    [
+        (4, 8, 128, [128, 80]),  # a group of 68 fills half: seven of the next one's eight go beside it
+        (32, 8, 192, [192, 96]),  # two groups fit, and the third starts anew
+        (64, 8, 200, [128, 128, 128]),  # one more answer beside a group would have its prompt of 64 computed twice
+        (4, 8, 20, [20, 20, 20, 20] * 3),  # a group that fits nowhere is spread over as many as it takes
+    ],
+)
+def test_micro_batches_are_filled_with_samples_of_the_next_group(
+    prompt: int, answer: int, budget: int, filled: list[int]
+) -> None:
+    tokens = iter(range(100_000))
+    asked = [Prompt(f"p{i}", [next(tokens) for _ in range(prompt)], "") for i in range(3)]
+    answers = [[next(tokens) for _ in range(answer)] for _ in range(24)]
+    batch = [Completion(asked[i // 8], i % 8, a, [0.0] * answer, "", "length", 1) for i, a in enumerate(answers)]
+    experience = packed(batch)
+    cuts = cut(experience, torch.arange(24), budget)
+    assert torch.cat(cuts).tolist() == list(range(24))
+    assert [select(experience, sequences).forest.tokens.numel() for sequences in cuts] == filled
+
+
 def test_samples_that_begin_alike_share_tokens_and_keep_every_number(tiny_model: Path) -> None:
     """Seven answers of one prompt that part at different places; two are equal, one is the beginning of another."""
     policy = load_tiny(tiny_model)
