@@ -25,6 +25,7 @@ from lorl.policy.load import TRAINED, kept_bytes
 from lorl.policy.policy import Policy
 
 VOCABULARY = 151_936
+ROUNDS = 3
 SHAPES = {  # Qwen2.5's: hidden size, inner size, layers, heads, key-value heads
     "0.5b": (896, 4864, 24, 14, 2),
     "1.5b": (1536, 8960, 28, 12, 2),
@@ -58,21 +59,22 @@ class Row:
     case: Case
     packing: str
     budget: int
-    first_s: float  # the first pass, compilation included
-    seconds: list[float] = field(default_factory=list)  # of each later micro-batch
-    packed: int = 0  # tokens in a micro-batch
-    counted: int = 0  # tokens in it if every answer had its own prompt
+    packed: list[int]  # tokens of each micro-batch
+    counted: int  # tokens of all sequences, each with its prompt
+    first_s: float = 0.0  # the first pass, compilation included
+    seconds: list[float] = field(default_factory=list)  # of all micro-batches, one after another, in each round
     peak_gib: float = 0.0
 
     def line(self) -> str:
-        second = statistics.median(self.seconds)
+        seconds, count = statistics.median(self.seconds), len(self.packed)
         return (
-            f"{self.case!s:>13} {self.packing:>8} {self.packed:>6} {self.counted / second:>10,.0f} "
-            f"{self.packed / second:>10,.0f} {second * 1e3:>8.1f} {self.peak_gib:>6.1f} {self.first_s:>7.1f}"
+            f"{self.case!s:>13} {self.packing:>8} {max(self.packed):>7} {count:>7} {self.counted / seconds:>10,.0f} "
+            f"{sum(self.packed) / seconds:>10,.0f} {seconds / count * 1e3:>8.1f} {self.peak_gib:>6.1f} "
+            f"{self.first_s:>7.1f}"
         )
 
 
-HEADER = "         case  packing  batch  counted/s   packed/s ms/batch  GiB    first_s"
+HEADER = "         case  packing largest batches  counted/s   packed/s ms/batch    GiB first_s"
 
 
 def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool) -> Policy:
@@ -128,24 +130,23 @@ def train(policy: Policy, forest: Forest) -> None:
 
 def measure(policy: Policy, case: Case, *, shared: bool, budget: int, groups: int) -> Row:
     batches = list(forests(case, groups, budget, shared=shared))
-    largest = max(counted for _, counted in batches)
-    full = [(forest, counted) for forest, counted in batches if counted == largest]
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    train(policy, full[0][0])
-    torch.cuda.synchronize()
-    row = Row(case, "shared" if shared else "own", budget, time.perf_counter() - start)
-    row.packed, row.counted = full[0][0].tokens.numel(), largest
-    train(policy, full[-1][0])
+    packed = [forest.tokens.numel() for forest, _ in batches]
+    row = Row(case, "shared" if shared else "own", budget, packed, sum(counted for _, counted in batches))
+    for forest, _ in batches[:2]:  # the first compiles
+        row.first_s = max(row.first_s, timed(policy, [forest]))
     torch.cuda.reset_peak_memory_stats()
-    for forest, _ in full:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        train(policy, forest)
-        torch.cuda.synchronize()
-        row.seconds.append(time.perf_counter() - start)
+    row.seconds = [timed(policy, [forest for forest, _ in batches]) for _ in range(ROUNDS)]
     row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
     return row
+
+
+def timed(policy: Policy, batches: list[Forest]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for forest in batches:
+        train(policy, forest)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def exactness(shape: str, cases: list[Case], policy: Policy) -> list[str]:
