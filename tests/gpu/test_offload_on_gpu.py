@@ -130,7 +130,7 @@ def test_activations_in_host_memory_give_the_same_bits_from_less(folder: Path, r
     away, _, away_peak = measured(lambda: plain(config), batch)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(away, kept, strict=True))
     inputs = batch.tokens.numel() * HIDDEN * 2
-    # Copies run beside the computation, so some layers' activations wait on the device: how many is the machine's matter.
+    # Copies run beside the computation, so some layers' activations wait on the device: as many as the machine makes.
     assert away_peak < kept_peak - LAYERS // 2 * inputs * (1 if recompute else 5)
 
 
