@@ -26,7 +26,9 @@ from lorl.policy.policy import Policy
 
 VOCABULARY = 151_936
 ROUNDS = 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU tries the script out: --shape tiny
 SHAPES = {  # Qwen2.5's: hidden size, inner size, layers, heads, key-value heads
+    "tiny": (64, 128, 2, 4, 2),
     "0.5b": (896, 4864, 24, 14, 2),
     "1.5b": (1536, 8960, 28, 12, 2),
     "7b": (3584, 18944, 28, 28, 4),
@@ -89,7 +91,7 @@ def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool) -> Pol
         tie_word_embeddings=hidden < 2048,
     )
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         base: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention.NAME)
     base = base.to(dtype).requires_grad_(False).eval()
     peft = adapters.attach(base, TRAINED, AdapterConfig(rank=32), seed=0)
@@ -99,7 +101,7 @@ def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool) -> Pol
 
         layers.install(base, compiled=True, recompute=recompute, kept=kept_bytes(base, AdapterConfig(rank=32)))
     policy = Policy(peft, None, trained=TRAINED)  # type: ignore[arg-type]  # the tokenizer is not asked
-    generator = torch.Generator("cuda").manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     for name, parameter in policy.parameters(TRAINED).items():
         if "lora_B" in name:  # peft starts it at zero
             parameter.data.normal_(0, 0.02, generator=generator)
@@ -120,7 +122,7 @@ def forests(case: Case, groups: int, budget: int, *, shared: bool) -> Iterator[t
     experience = pack(completions, [Outcome("ok", 1.0)] * len(completions))
     for sequences in cut(experience, torch.arange(len(completions)), budget):
         part = select(experience, sequences)
-        yield part.forest.to("cuda"), len(sequences) * (case.prompt + case.response)
+        yield part.forest.to(DEVICE), len(sequences) * (case.prompt + case.response)
 
 
 def train(policy: Policy, forest: Forest) -> None:
@@ -134,42 +136,45 @@ def measure(policy: Policy, case: Case, *, shared: bool, budget: int, groups: in
     row = Row(case, "shared" if shared else "own", budget, packed, sum(counted for _, counted in batches))
     for forest, _ in batches[:2]:  # the first compiles
         row.first_s = max(row.first_s, timed(policy, [forest]))
-    torch.cuda.reset_peak_memory_stats()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     row.seconds = [timed(policy, [forest for forest, _ in batches]) for _ in range(ROUNDS)]
-    row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    if DEVICE == "cuda":
+        row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
     return row
 
 
 def timed(policy: Policy, batches: list[Forest]) -> float:
-    torch.cuda.synchronize()
+    sync()
     start = time.perf_counter()
     for forest in batches:
         train(policy, forest)
-    torch.cuda.synchronize()
+    sync()
     return time.perf_counter() - start
 
 
-def exactness(shape: str, cases: list[Case], policy: Policy) -> list[str]:
-    """One group of each case, in both packings, beside float32: log-probabilities and adapter gradients."""
-    exact = build(shape, torch.float32, recompute=False, eager=True)
-    lines = []
-    for case in cases:
-        found: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, model, shared in (("float32", exact, True), ("shared", policy, True), ("own", policy, False)):
-            parts = forests(case, 1, 10**9 if shared else case.prompt + case.response, shared=shared)
-            logprobs = torch.cat([model.logprobs(forest, adapter=TRAINED).logprobs for forest, _ in parts])
-            weights = torch.randn(len(logprobs), generator=torch.Generator().manual_seed(3)).cuda()
-            grads = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters(TRAINED).values()))
-            found[name] = logprobs.detach(), torch.cat([grad.flatten() for grad in grads])
-        reference, direction = found.pop("float32")
-        for name, (logprobs, grads) in found.items():
-            off = (logprobs - reference).abs()
-            turned = (grads - direction).norm() / direction.norm()
-            lines.append(
-                f"{case!s:>13} {name:>8}   log-probabilities: mean {off.mean():.4f}, largest {off.max():.4f}; "
-                f"adapter gradient: {turned:.4f} of its norm"
-            )
-    return lines
+def sync() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def exactness(exact: Policy, policy: Policy, case: Case) -> Iterator[str]:
+    """One group in both packings beside float32: log-probabilities and adapter gradients."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, model, shared in (("float32", exact, True), ("shared", policy, True), ("own", policy, False)):
+        parts = forests(case, 1, 10**9 if shared else case.prompt + case.response, shared=shared)
+        logprobs = torch.cat([model.logprobs(forest, adapter=TRAINED).logprobs for forest, _ in parts])
+        weights = torch.randn(len(logprobs), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        grads = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters(TRAINED).values()))
+        found[name] = logprobs.detach(), torch.cat([grad.flatten() for grad in grads])
+    reference, direction = found.pop("float32")
+    for name, (logprobs, grads) in found.items():
+        off = (logprobs - reference).abs()
+        turned = (grads - direction).norm() / direction.norm()
+        yield (
+            f"{case!s:>13} {name:>8}   log-probabilities: mean {off.mean():.4f}, largest {off.max():.4f}; "
+            f"adapter gradient: {turned:.4f} of its norm"
+        )
 
 
 def arguments() -> argparse.Namespace:
@@ -194,19 +199,19 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     chosen = arguments()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    print(device, f"torch {torch.__version__}", chosen.shape, "eager" if chosen.eager else "", flush=True)
     policy = build(chosen.shape, torch.bfloat16, recompute=chosen.recompute, eager=chosen.eager)
-    rows = [
-        measure(policy, case, shared=shared, budget=budget, groups=chosen.groups)
-        for case in chosen.cases
-        for budget in chosen.tokens
-        for shared in (True, False)
-        if shared or case.samples > 1
-    ]
-    lines = (
-        exactness(chosen.shape, [case for case in chosen.cases if case.samples > 1], policy) if chosen.exactness else []
-    )
-    print(torch.cuda.get_device_name(), f"torch {torch.__version__}", chosen.shape, "eager" if chosen.eager else "")
-    print("\n".join([*lines, HEADER, *(row.line() for row in rows)]))
+    print(HEADER)
+    for case in chosen.cases:  # printed as they are found: a lease can end at any time
+        for budget in chosen.tokens:
+            for shared in (True, False) if case.samples > 1 else (True,):
+                print(measure(policy, case, shared=shared, budget=budget, groups=chosen.groups).line(), flush=True)
+    if chosen.exactness:
+        exact = build(chosen.shape, torch.float32, recompute=False, eager=True)
+        for case in chosen.cases:
+            for line in exactness(exact, policy, case) if case.samples > 1 else ():
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
