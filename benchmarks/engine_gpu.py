@@ -29,7 +29,7 @@ from lorl.experience import Outcome, Prompt
 from lorl.packing import pack
 from lorl.plan.render import as_text
 from lorl.policy.fold import fold
-from lorl.policy.load import TRAINED, load_tokenizer
+from lorl.policy.load import TRAINED, load_policy, load_tokenizer
 from lorl.policy.policy import Policy
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.vllm import shared
@@ -121,19 +121,37 @@ def texts(policy: Policy, count: int, length: int) -> list[Prompt]:
     return [Prompt(f"p{i}", tokens[i * length : (i + 1) * length], "") for i in range(count)]
 
 
-def difference(engine: VllmEngine, policy: Policy, adapter: str | None, seed: int) -> str:
-    """Mean and largest |log-probability difference| over 32 x 2 samples of 64 tokens."""
+def float32_twin(policy: Policy, config: RunConfig) -> Policy:
+    """The same weights without bfloat16's rounding of what is computed."""
+    twin = load_policy(
+        config.model.model_copy(update={"dtype": "float32"}), config.adapter, seed=0, tokenizer=policy.tokenizer
+    )
+    theirs = policy.base_tensors()
+    with torch.no_grad():
+        for name, tensor in twin.base_tensors().items():
+            tensor.copy_(theirs[name])
+    return twin
+
+
+def difference(engine: VllmEngine, policy: Policy, twin: Policy, adapter: str | None, seed: int) -> str:
+    """Mean and largest |log-probability difference| over 32 x 2 samples of 64 tokens; and both sides beside float32."""
     asked = texts(policy, 32, 64)
     requests = [Request(p, [seed * 100 + i, seed * 100 + 50 + i]) for i, p in enumerate(asked)]
     answers = list(engine.generate(requests, Sampling(max_tokens=64, ignore_eos=True), adapter=adapter))
     order = {p.id: i for i, p in enumerate(asked)}
     answers.sort(key=lambda a: (order[a.prompt.id], a.sample))
     experience = pack(answers, [Outcome("ok", 0.0)] * len(answers))
+    forest = experience.forest.to(policy.device)
+    if adapter is not None:
+        twin.load_adapter(adapter, policy.adapter_tensors(adapter), "the policy")
     with torch.no_grad():
-        scores = policy.logprobs(experience.forest.to(policy.device), adapter=adapter)
-    gap = (scores.logprobs.cpu() - experience.rollout_logprobs).abs()
-    surprise = -experience.rollout_logprobs.mean()
-    return f"{gap.mean():.1e} (max {gap.max():.1e}; {surprise:.1f} nats a token)"
+        ours, exact = (model.logprobs(forest, adapter=adapter).logprobs.cpu() for model in (policy, twin))
+    theirs = experience.rollout_logprobs
+    gap = (ours - theirs).abs()
+    beside = ", ".join(
+        f"{name} {(side - exact).abs().mean():.1e}" for name, side in (("engine", theirs), ("trainer", ours))
+    )
+    return f"{gap.mean():.1e} (max {gap.max():.1e}; {-theirs.mean():.1f} nats a token; beside float32: {beside})"
 
 
 def bare(engine: VllmEngine, asked: list[Prompt], tokens: int, logprobs: int | None, adapter: bool) -> float:
@@ -275,28 +293,28 @@ def engine_part(args: argparse.Namespace, folder: Path) -> None:
     if "throughput" in args.parts:
         table.add(*throughput(engine, policy, args.batch, args.prompt, args.response))
     if "agreement" in args.parts:
-        agreement(engine, policy, table)
+        agreement(engine, policy, float32_twin(policy, config), table)
     if "folds" in args.parts:
         table.add(*folding(policy, args.folds))
     table.show()
 
 
-def agreement(engine: VllmEngine, policy: Policy, table: Table) -> None:
-    table.add(("|dlogp| base", difference(engine, policy, None, 1)))
-    table.add(("|dlogp| adapter", difference(engine, policy, TRAINED, 2)))
+def agreement(engine: VllmEngine, policy: Policy, twin: Policy, table: Table) -> None:
+    table.add(("|dlogp| base", difference(engine, policy, twin, None, 1)))
+    table.add(("|dlogp| adapter", difference(engine, policy, twin, TRAINED, 2)))
     engine.folds = True
-    table.add(("|dlogp| folded", difference(engine, policy, TRAINED, 3)))
+    table.add(("|dlogp| folded", difference(engine, policy, twin, TRAINED, 3)))
     engine.folds = False
     rejuvenate(policy)
     engine.publish(TRAINED, 6, "")
-    table.add(("|dlogp| young adapter", difference(engine, policy, TRAINED, 5)))
+    table.add(("|dlogp| young adapter", difference(engine, policy, twin, TRAINED, 5)))
     engine.folds = True
-    table.add(("|dlogp| young adapter, folded", difference(engine, policy, TRAINED, 6)))
+    table.add(("|dlogp| young adapter, folded", difference(engine, policy, twin, TRAINED, 6)))
     engine.folds = False
     for version in range(7, 57):
         perturb(policy, version)
         engine.publish(TRAINED, version, "")
-    table.add(("|dlogp| adapter after 50 publishes", difference(engine, policy, TRAINED, 4)))
+    table.add(("|dlogp| adapter after 50 publishes", difference(engine, policy, twin, TRAINED, 4)))
 
 
 def folding(policy: Policy, folds: int) -> list[tuple[str, str]]:
