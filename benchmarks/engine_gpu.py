@@ -13,6 +13,8 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,17 @@ def difference(engine: VllmEngine, policy: Policy, twin: Policy, adapter: str | 
     return f"{gap.mean():.1e} (max {gap.max():.1e}; {-theirs.mean():.1f} nats a token; beside float32: {beside})"
 
 
+@contextmanager
+def asking_vllm(engine: VllmEngine) -> Iterator[None]:
+    """Inside, vLLM's scheduler asks its block manager in every step, as it does by itself."""
+    blocks = vars(engine.inside.blocks)
+    ours = {name: blocks.pop(name) for name in ("allocate_slots", "cache_blocks") if name in blocks}
+    try:
+        yield
+    finally:
+        blocks.update(ours)
+
+
 def bare(engine: VllmEngine, asked: list[Prompt], tokens: int, logprobs: int | None, adapter: bool) -> float:
     """Seconds that vLLM itself takes for one sample a prompt, by its own sampler."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
@@ -173,9 +186,10 @@ def bare(engine: VllmEngine, asked: list[Prompt], tokens: int, logprobs: int | N
         own.add_request(
             f"bare{time.perf_counter_ns()}-{index}", {"prompt_token_ids": prompt.tokens}, params, lora_request=lora
         )
-    while own.has_unfinished_requests():
-        own.step()
-    sync()
+    with asking_vllm(engine):
+        while own.has_unfinished_requests():
+            own.step()
+        sync()
     return time.perf_counter() - started
 
 

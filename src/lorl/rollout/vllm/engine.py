@@ -22,6 +22,7 @@ from lorl.rollout.proof import PublishProof
 from lorl.rollout.vllm import slots
 from lorl.rollout.vllm.launch import WAITING
 from lorl.rollout.vllm.sampler import CountedSampler
+from lorl.rollout.vllm.scheduling import skip_known_answers
 from lorl.rollout.vllm.versions import Inside
 
 _CUDA_PAGE = 2 * 2**20  # what device memory is mapped in
@@ -197,6 +198,7 @@ class VllmEngine:
     def _adopt(self, inside: Inside) -> None:
         self._inside = inside
         inside.widen_logits()
+        skip_known_answers(inside.blocks)
         self._sampler = CountedSampler(inside, device=self._policy.device, capacity=self._in_flight)
         self._published: dict[str, _Published] = {}
         self._last_id = 0

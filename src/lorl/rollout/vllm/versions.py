@@ -182,6 +182,11 @@ class Inside:
         if sleeps:
             _release_pools(mapped=not resting)
 
+    @property
+    def blocks(self) -> Any:
+        """The manager of the KV cache's blocks."""
+        return self.core.scheduler.kv_cache_manager
+
     def kv_caches(self) -> "list[Tensor]":
         """Every distinct tensor of the KV cache."""
         found: dict[int, Tensor] = {}
