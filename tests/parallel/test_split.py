@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorl.experience import Completion, Experience, Outcome, Prompt
-from lorl.packing import pack
+from lorl.packing import pack, select
 from lorl.parallel.split import balance, share, share_answers, share_requests
+from lorl.plan.demand import demand_of
 from lorl.rollout.engine import Request
+from lorl.settings import load
 
 
 def answers(lengths: list[list[int]], prompt_tokens: int = 5) -> list[Completion]:
@@ -33,6 +35,31 @@ def test_every_piece_has_one_rank_and_no_rank_has_too_much(costs: list[int], siz
     loads = [sum(costs[index] for index in mine) for mine in shares]
     # The rank with the most got its last piece when it had the least.
     assert max(loads) <= sum(costs) / size + max(costs, default=0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "prompt", "response", "ranks"),
+    [
+        (9, 8, 64, 64, 8),
+        (3, 8, 128, 64, 2),
+        (5, 8, 128, 64, 4),
+        (2, 8, 512, 16, 8),
+        (16, 4, 50, 50, 8),
+        (1, 8, 64, 32, 4),
+    ],
+)
+def test_the_plan_knows_the_largest_part(prompts: int, samples: int, prompt: int, response: int, ranks: int) -> None:
+    """Answers of full length that have nothing in common, in micro-batches that hold any part."""
+    fresh = iter(range(10**6))
+    draw = lambda count: [next(fresh) for _ in range(count)]  # noqa: E731
+    asked = [Prompt(f"p{i}", draw(prompt), "") for i in range(prompts)]
+    made = [Completion(p, j, draw(response), [0.0] * response, "", "stop", 1) for p in asked for j in range(samples)]
+    whole = pack(made, [Outcome("ok", 0.0)] * len(made))
+    parts = [share(whole, torch.arange(len(made)), rank, ranks) for rank in range(ranks)]
+    keys = [f"data.prompts_per_step={prompts}", f"rollout.n={samples}", f"data.max_prompt_tokens={prompt}"]
+    keys += [f"rollout.max_response_tokens={response}", "parallel.microbatch_tokens=100000"]
+    demand = demand_of(load(None, ["model.path=qwen2.5-1.5b", *keys]))[0]
+    assert demand.microbatch(ranks) == max(select(whole, part).forest.tokens.numel() for part in parts)
 
 
 def test_the_longest_go_first() -> None:

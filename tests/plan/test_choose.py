@@ -171,6 +171,42 @@ def test_changes_are_combined_where_none_is_enough() -> None:
     assert chosen(run_of(*overrides, *change.settings), ONE, "ddp").fits
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (
+            ["model.path=qwen2.5-7b", "rollout.memory_fraction=0.01", "rollout.max_response_tokens=31000"],
+            ("rollout.memory_fraction=null",),
+        ),
+        (
+            ["model.path=qwen2.5-32b", "rollout.memory_fraction=0.3", "rollout.max_response_tokens=8192"],
+            ("rollout.memory_fraction=0.1", "parallel.optimizer_offload=true"),
+        ),
+    ],
+    ids=["holds no sample", "the smallest would hold none"],
+)
+def test_a_fraction_is_changed_to_one_that_holds_a_sample(overrides: list[str], named: tuple[str, ...]) -> None:
+    demand = run_of(*overrides)
+    held = chosen(demand, ONE, "ddp").memory
+    assert held.shortage > 0
+    change = smallest_change(demand, ONE, "ddp", False)
+    assert change is not None
+    assert change.settings == named
+    assert change.plan.fits
+
+
+@pytest.mark.parametrize("concurrent", [32, 64, 128, 192, 256, 320, 512])
+def test_a_cache_rests_where_activations_can_then_be_kept(concurrent: int) -> None:
+    keys = ["model.path=qwen2.5-7b", "data.prompts_per_step=128", "rollout.n=8", "rollout.max_response_tokens=1024"]
+    auto, always = (
+        make_plan(run_of(*keys, f"rollout.max_concurrent={concurrent}", f"rollout.rest={rest}"), Layout("ddp"), ONE)
+        for rest in ("auto", "always")
+    )
+    assert not auto.memory.recompute
+    assert auto.seconds == always.seconds
+    assert auto.memory.cache.rests == (concurrent >= 192)
+
+
 def test_what_nothing_helps_is_said() -> None:
     small = Cluster(replace(GPUS["h100"], memory=8 * GIB), 1)
     assert smallest_change(run_of("model.path=qwen2.5-72b"), small, None, None) is None

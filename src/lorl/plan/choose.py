@@ -97,9 +97,19 @@ def smallest_change(
     strong. None: nothing helps.
 
     No change touches what is computed: smaller micro-batches, recomputation, the cache's rest and size, what may wait
-    in host memory, and then where the base lies.
+    in host memory, and then where the base lies. What keeps the demand's engine comes before what does not.
     """
     start = _State(demand, strategy, offload, engine_on)
+    keeping = replace(start, engine_on=lambda layout: _kept_engine(start, layout))
+    return _smallest_change(keeping, cluster) or _smallest_change(start, cluster)
+
+
+def _kept_engine(start: "_State", layout: Layout) -> Engine | None:
+    engine = start.engine_on(layout) if start.engine_on else _engine(start.demand, layout)
+    return engine if engine == start.demand.engine else None
+
+
+def _smallest_change(start: "_State", cluster: Cluster) -> Change | None:
     steps = _steps(start, cluster)
     for step in steps:
         for edit in step:
@@ -141,11 +151,7 @@ def _steps(start: _State, cluster: Cluster) -> list[list[_Edit]]:
         [_demand_edit("parallel.microbatch_tokens", n, microbatch_tokens=n) for n in halves],
         [] if demand.recompute is True else [_demand_edit("model.gradient_checkpointing", "true", recompute=True)],
         [] if demand.rest == "always" else [_demand_edit("rollout.rest", "always", rest="always")],
-        [
-            _demand_edit("rollout.memory_fraction", fraction, memory_fraction=fraction)
-            for fraction in _FRACTIONS
-            if demand.memory_fraction is not None and fraction < demand.memory_fraction
-        ],
+        [] if demand.memory_fraction is None else _fraction_edits(demand.memory_fraction),
         [] if demand.optimizer_offload else [_demand_edit(OPTIMIZER_OFFLOAD, "true", optimizer_offload=True)],
         [] if demand.activation_offload else [_demand_edit(ACTIVATION_OFFLOAD, "true", activation_offload=True)],
     ]
@@ -156,6 +162,13 @@ def _steps(start: _State, cluster: Cluster) -> list[list[_Edit]]:
         if start.strategy is not None:  # parts that an engine reads can't go
             steps.append([_both(_spread_edit("fsdp2", demand, cluster), _OFFLOAD)])
     return [step for step in steps if step]
+
+
+def _fraction_edits(fraction: float) -> list[_Edit]:
+    """Smaller fractions, and then what rollouts can fill of what is left: a fraction can also be too small."""
+    smaller = [part for part in _FRACTIONS if part < fraction]
+    edits = [_demand_edit("rollout.memory_fraction", part, memory_fraction=part) for part in smaller]
+    return [*edits, _demand_edit("rollout.memory_fraction", "null", memory_fraction=None)]
 
 
 def _demand_edit(key: str, value: object, **fields: Any) -> _Edit:

@@ -82,8 +82,16 @@ class Demand:
     def microbatch(self, ranks: int) -> int:
         """A rank's tokens of the largest micro-batch: it has no more than its share of a step, and samples are only cut
         into the shares of the ranks that split a pass."""
-        most = self.prompts * (self.longest_prompt + self.samples * self.longest_response)
-        return max(self.longest_share, min(self.microbatch_tokens, -(-most // ranks)))
+        most = self._part(max(1, ranks // self.sequence))
+        return max(self.longest_share, min(self.microbatch_tokens, -(-most // self.sequence)))
+
+    def _part(self, parts: int) -> int:
+        """Tokens of the largest of so many parts of a step (`lorl.parallel.split.share`): whole groups, or where there
+        are fewer of them samples, each with its prompt once a part."""
+        if self.prompts >= parts:
+            return -(-self.prompts // parts) * (self.longest_prompt + self.samples * self.longest_response)
+        samples = -(-self.prompts * self.samples // parts)
+        return min(self.prompts, samples) * self.longest_prompt + samples * self.longest_response
 
     def passes_as(self, tokens: int, *, recompute: bool) -> Pass:
         """How a pass over `tokens` packed tokens computes."""

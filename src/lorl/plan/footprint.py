@@ -135,6 +135,11 @@ class Cache:
     most: int
     rests: bool  # it gives its memory back while the policy trains
 
+    @property
+    def lacks(self) -> int:
+        """Bytes that what is wanted is short of one sample; negative: that are beyond it."""
+        return self.smallest - self.wanted
+
 
 def fullest_cache(per_token: int, sequences: int, tokens: int, device: str) -> int:
     """Bytes of keys and values when `sequences` of `tokens` each are all there, the last block of each begun."""
@@ -147,7 +152,15 @@ def usual_cache(total: int, device: str) -> int:
 
 
 def kv_cache(
-    *, room: int, training: int, asked: int | None, usual: int, smallest: int, fullest: int, rest: str
+    *,
+    room: int,
+    training: int,
+    asked: int | None,
+    usual: int,
+    smallest: int,
+    fullest: int,
+    rest: str,
+    share: float = 1.0,
 ) -> Cache:
     """Divides what is left of a device between the KV cache and training. All in bytes.
 
@@ -157,9 +170,10 @@ def kv_cache(
         asked: what `rollout.memory_fraction` says; None: what rollouts can fill, the `usual`, or what fits, whichever
             is least. What the cache leaves, activations may keep instead of being computed again.
         smallest: a cache that holds one sample; fullest: one that no rollout of this run fills.
-        rest: `rollout.rest`: auto, always or never.
+        rest: `rollout.rest`: auto, always or never; auto where training would take more than `share` of what the
+            cache leaves.
     """
     most = room if rest != "never" else room - training
     wanted = max(smallest, min(usual, most, fullest)) if asked is None else asked
-    rests = rest == "always" or (rest == "auto" and wanted > room - training)
+    rests = rest == "always" or (rest == "auto" and training > share * (room - wanted))
     return Cache(room, training, smallest, wanted, most, rests)

@@ -55,8 +55,8 @@ class Memory:
 
     @property
     def shortage(self) -> int:
-        """Bytes that a GPU lacks; negative: that are left."""
-        return max(self.peak - self.capacity, self.cache.smallest - self.cache.most)
+        """Bytes that a GPU, or a KV cache for one sample, lacks; negative: that are left."""
+        return max(self.peak - self.capacity, self.cache.smallest - self.cache.most, self.cache.lacks)
 
     @property
     def has_cache(self) -> bool:
@@ -119,6 +119,7 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, re
         smallest=per_token * (demand.longest + footprint.SPARE_TOKENS),
         fullest=footprint.fullest_cache(per_token, demand.concurrent, demand.longest, demand.device),
         rest=demand.rest if vllm else "always",
+        share=footprint.SPARE if demand.recompute == "auto" and not recompute else 1.0,  # beyond it, it would recompute
     )
     rows += [
         Row("KV cache", cache.wanted, 0 if cache.rests else cache.wanted),

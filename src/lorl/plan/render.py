@@ -56,10 +56,15 @@ def verdict(plan: Plan, change: Change | None) -> str:
     if plan.fits:
         return f"fits: {_gib(held.peak)} of {_gib(held.capacity)} GiB a GPU at the most, {plan.seconds:,.0f} s a step"
     lacks = f"does not fit: {_gib(held.shortage)} GiB a GPU too much"
+    if held.shortage == held.cache.lacks:
+        lacks = (
+            f"does not fit: rollout.memory_fraction leaves the KV cache {_gib(held.shortage)} GiB short of one sample"
+        )
     if change is None:
         return f"{lacks}; no setting helps: take more or larger GPUs, or a smaller model"
-    left = change.plan.memory
-    return f"{lacks}; {' '.join(change.settings)} makes it {_gib(left.peak)} of {_gib(left.capacity)} GiB"
+    left, engine = change.plan.memory, change.plan.demand.engine
+    moved = "" if engine == plan.demand.engine else f", with rollout.engine={engine}"
+    return f"{lacks}; {' '.join(change.settings)} makes it {_gib(left.peak)} of {_gib(left.capacity)} GiB{moved}"
 
 
 def _headline(plan: Plan) -> str:
