@@ -1,4 +1,7 @@
-"""lorl's side of `step_cpu.py`: its own Trainer on the shared prompts. Called as SCRIPT MODEL CASE STEPS."""
+"""lorl's side of `step_cpu.py`: its own Trainer on the shared prompts.
+
+Called as SCRIPT MODEL CASE STEPS MICRO_BATCH; the last is for TRL's side, and not used here.
+"""
 
 import io
 import json

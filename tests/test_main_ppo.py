@@ -84,6 +84,18 @@ def test_the_half_billion_run_trains_with_no_key_changed_but_model_data_and_leng
     assert "actor_rollout_ref.rollout.gpu_memory_utilization=0.1: rollout.memory_fraction=0.1" in done.stdout
 
 
+def test_what_is_said_of_ray_and_collectives_fits_a_run_of_several_processes(tmp_path: Path):
+    words = ["trainer.nnodes=2", "actor_rollout_ref.nccl_timeout=1200", "+ray_kwargs.ray_init.num_cpus=8"]
+    done = main_ppo(*GRPO, *words, "--print-config", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    parallel = yaml.safe_load(done.stdout)["parallel"]
+    assert (parallel["gpus"], parallel["nodes"], parallel["collective_limit_s"]) == (2, 2, 1200)
+    assert "nccl_timeout" not in done.stderr
+    (said,) = (line for line in done.stderr.splitlines() if "ray_kwargs.ray_init.num_cpus" in line)
+    assert "starts Ray itself where there are several GPUs" in said
+    assert "RAY_ADDRESS" in said
+
+
 def test_what_the_start_refuses_is_said_in_verls_names(tmp_path: Path):
     done = main_ppo(*GRPO, "+lorl.parallel.strategy=local", cwd=tmp_path)
     assert done.returncode == 2

@@ -224,6 +224,7 @@ MEANINGS: list[tuple[list[str], dict[str, Any]]] = [
     (["trainer.nnodes=2", "trainer.n_gpus_per_node=8"],
      {"parallel.gpus": 8, "parallel.nodes": 2, "parallel.sequence": 1}),
     (["trainer.n_gpus_per_node=8", f"{ACTOR}.ulysses_sequence_parallel_size=4"], {"parallel.sequence": 4}),
+    (["actor_rollout_ref.nccl_timeout=1200"], {"parallel.collective_limit_s": 1200}),
     (["+lorl.algorithm.reference=base", "+lorl.adapter.dropout=0.1"],
      {"algorithm.reference": "base", "adapter.dropout": 0.1}),
     (["algorithm.filter_groups.enable=True", "~algorithm.filter_groups"], {"algorithm.dynamic_sampling": False}),

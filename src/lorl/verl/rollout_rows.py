@@ -19,7 +19,7 @@ from lorl.verl.rows import (
 )
 
 ENGINE = "the engine is set up by lorl"
-SYNC = "the engine reads the trainer's base, and only the adapter is published to it"
+SYNC = "the base never changes, and only the adapter is published to the engine"
 TURNS = "lorl samples one turn a prompt"
 THROUGH = "lorl passes nothing through to an engine but what has a key of its own"
 ONLY_VLLM = "only rollout.engine=vllm reads it"
@@ -92,7 +92,7 @@ ROWS: tuple[Row, ...] = (
     unused(f"{_ROLLOUT}.disable_log_stats", bool, True, "throughput/* and rollout/* are always logged",
            spellings=(f"{_VLLM}.disable_log_stats",)),
     unused(f"{_ROLLOUT}.trace.*", Mapping, {}, "every sample is written to the run folder's rollouts/"),
-    unused(f"{_ROLLOUT}.agent.num_workers", Count, 8, "one process drives the engine"),
+    unused(f"{_ROLLOUT}.agent.num_workers", Count, 8, "the processes that train drive their engines themselves"),
     refused(f"{_ROLLOUT}.agent.default_agent_loop", str, "single_turn_agent", TURNS),
     refused(f"{_ROLLOUT}.agent.agent_loop_config_path", str | None, None, TURNS),
     refused(f"{_ROLLOUT}.multi_turn.enable", bool, False, TURNS),
@@ -101,7 +101,8 @@ ROWS: tuple[Row, ...] = (
     refused("skip.rollout.*", Mapping, {}, "lorl always samples"),
     refused(f"{_ROLLOUT}.skip_rollout", bool, False, "lorl always samples"),
     unused(f"{_ROLLOUT}.skip_dump_dir", str, "/tmp/rollout_dump", "lorl always samples"),
-    unused("actor_rollout_ref.nccl_timeout", Count, 600, "there is no collective to time out"),
+    sets("actor_rollout_ref.nccl_timeout", Count, 600, "parallel.collective_limit_s",
+         why="seconds that a rank waits for the others"),
     joins(f"{_VAL}.n", Count, 1, "eval.n"),
     joins(f"{_VAL}.temperature", NonNegative, 0, "eval.temperature"),
     joins(f"{_VAL}.do_sample", bool, False, "eval.temperature", why="False: 0"),

@@ -20,7 +20,10 @@ from lorl.verl.rows import (
     unused,
 )
 
-RAY = "one process trains; Ray is not started"
+RAY = (
+    "lorl starts Ray itself where there are several GPUs, with a CPU for each, or connects to the cluster that "
+    "RAY_ADDRESS names; one GPU needs no Ray"
+)
 VERL_INTERNAL = "it chooses among verl's own implementations"
 
 CRITIC: tuple[Row, ...] = (
@@ -113,7 +116,7 @@ TRAINER: tuple[Row, ...] = (
     refused("global_profiler.*", Mapping, {}, PROFILER),
     refused("trainer.profile_steps", list[int] | None, None, PROFILER),
     unused("hydra.*", Mapping, {}, "Hydra reads the words; its app framework is not used"),
-    unused("transfer_queue.*", Mapping, {}, RAY),
+    unused("transfer_queue.*", Mapping, {}, "lorl hands each batch to its processes itself"),
 )  # fmt: skip
 
 ROWS = CRITIC + TRAINER

@@ -24,7 +24,7 @@ from lorl.verl.rows import (
 )
 
 WORKERS = "prompts are read and tokenised once, at the start"
-REWARD_MODEL_ON_BASE = "the reward model runs in the trainer's process, on the shared base where it can"
+REWARD_MODEL_ON_BASE = "the reward model runs in the processes that train, on the shared base where it can"
 
 # verl's estimators; gpg and gdpo differ from their papers, and under verl's names do as verl does.
 _ESTIMATORS = Literal["gae", "gdpo", "gpg", "grpo", "grpo_passk", "grpo_vectorized", "opo", "optimal_token_baseline",
