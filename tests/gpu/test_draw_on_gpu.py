@@ -20,14 +20,16 @@ def test_compiled_draws_are_the_plain_ones(sampling: dict[str, float]) -> None:
         rows = torch.randperm(99, device="cuda")[:batch]
         prompts = torch.randint(5, 9, (batch,), device="cuda")
         lengths = (prompts + torch.randint(0, 16, (batch,), device="cuda")).int()
+        discarded = torch.rand(batch, device="cuda", generator=generator) < 0.2
         uniforms = torch.rand(100, 17, device="cuda", dtype=torch.float64, generator=generator)
         plain, fused = torch.zeros(2, 100, 17, device="cuda")
         with torch.inference_mode():
-            expected = draw_into(logits, Batch(rows, prompts, lengths, uniforms, plain), how)
-            found = compiled(logits, Batch(rows, prompts, lengths, uniforms, fused), how)
+            expected = draw_into(logits, Batch(rows, prompts, lengths, discarded, uniforms, plain), how)
+            found = compiled(logits, Batch(rows, prompts, lengths, discarded, uniforms, fused), how)
         assert (found == expected).float().mean() > 0.98  # the last digit of a sum may fall on a token's edge
         same = (found == expected)[:, 0]
         position = (lengths - prompts).long()
+        assert not plain[rows, position][discarded].any()
         assert torch.allclose(fused[rows, position][same], plain[rows, position][same], atol=1e-5)
 
 

@@ -47,7 +47,8 @@ class CountedSampler:
         self._free = list(range(self._capacity))
         self._slots.clear()
         self._ids = []
-        # The extra row and column take what belongs to no token: rows of partial prefills, and of requests just ended.
+        # The extra row and column take what belongs to no token: of prompts and answers that are read in parts, and of
+        # requests just ended.
         shape = (self._capacity + 1, sampling.max_tokens + 1)
         if self._logprobs.shape != shape:
             self._uniforms = torch.zeros(shape, dtype=torch.float64, device=self._device)
@@ -95,8 +96,8 @@ class CountedSampler:
             lengths = self._inside.prompt_lengths(count).tolist()
             pinned = torch.tensor([known, lengths], pin_memory=self._device.type == "cuda")
             self._rows, self._prompts = pinned.to(self._device, non_blocking=True)
-        lengths = self._inside.sequence_lengths(count)
-        return Batch(self._rows, self._prompts, lengths, self._uniforms, self._logprobs)
+        lengths, discarded = self._inside.sequence_lengths(count), self._inside.discarded(count)
+        return Batch(self._rows, self._prompts, lengths, discarded, self._uniforms, self._logprobs)
 
 
 class Batch(NamedTuple):
@@ -105,6 +106,7 @@ class Batch(NamedTuple):
     rows: Tensor  # int64[B], each batch row's row of the tables
     prompts: Tensor  # int64[B], tokens of its prompt
     lengths: Tensor  # int32[B], its tokens so far
+    discarded: Tensor  # bool[B], whether vLLM has a later token of it already: it reads it again, part by part
     uniforms: Tensor  # float64[capacity + 1, max_tokens + 1], the numbers that decide the tokens
     logprobs: Tensor  # float32, likewise: takes their log-probabilities
 
@@ -116,12 +118,13 @@ def draw_into(logits: Tensor, batch: Batch, sampling: Sampling) -> Tensor:
 
 
 def _draw_scores(scores: Tensor, batch: Batch, greedy: bool, truncation: Sampling | None = None) -> Tensor:
-    last = batch.uniforms.shape[1] - 1
+    extra, last = batch.uniforms.shape[0] - 1, batch.uniforms.shape[1] - 1
+    rows = batch.rows.where(~batch.discarded, extra)
     position = batch.lengths - batch.prompts
     position = position.where((position >= 0) & (position <= last), last)
-    uniform = batch.uniforms[batch.rows, position]
+    uniform = batch.uniforms[rows, position]
     tokens, found = draw_scores(scores, None, uniform, greedy=greedy, truncation=truncation)
-    batch.logprobs[batch.rows, position] = found
+    batch.logprobs[rows, position] = found
     return tokens.to(torch.int32).unsqueeze(-1)
 
 
@@ -136,7 +139,8 @@ class CompiledDraw:
         if sampling.truncates:  # sorts, which the compiler leaves as they are
             return draw_into(logits, batch, sampling)
         scores = scores_of(logits, sampling)  # outside: the compiler makes a tensor of a temperature that changes
-        for tensor in (scores, batch.rows, batch.prompts, batch.lengths):  # the batch's size changes from step to step
+        sized = (scores, batch.rows, batch.prompts, batch.lengths, batch.discarded)
+        for tensor in sized:  # the batch's size changes from step to step
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         for table in (batch.uniforms, batch.logprobs):
             torch._dynamo.maybe_mark_dynamic(table, 1)

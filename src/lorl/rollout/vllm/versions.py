@@ -204,6 +204,10 @@ class Inside:
         """int32[rows], on the host: tokens in the prompt of each row of the running batch."""
         return self.runner.input_batch.num_prompt_tokens[:rows]
 
+    def discarded(self, rows: int) -> "Tensor":
+        """bool[rows], on the device: whether vLLM throws away what is drawn for the row in the running step."""
+        return self.runner.discard_request_mask.gpu[:rows]
+
     def sequence_lengths(self, rows: int) -> "Tensor":
         """int32[rows], on the device: tokens of each row once the running step is done."""
         return self.runner.seq_lens[:rows]
