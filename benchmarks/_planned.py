@@ -6,6 +6,8 @@ import subprocess
 import threading
 from pathlib import Path
 
+import torch
+
 from lorl import settings
 from lorl.parallel.sharding import shard_size
 from lorl.plan.choose import Plan, make_plan
@@ -22,8 +24,10 @@ def plan_of(config_yaml: Path) -> Plan:
     parallel, engine = config.parallel, 1 if config.rollout.engine == "torch" else shard_size(config)
     strategy = next((one for one in STRATEGIES[1:] if one == parallel.strategy), None)
     layout = Layout(strategy, shard_size(config), engine, parallel.param_offload) if strategy else Layout("ddp")
-    name, total = found[0]
-    gpu = described_gpu(name, int(total) * 2**20)
+    name, total = found[0][0], int(found[0][1]) * 2**20
+    if torch.cuda.is_available():  # a run plans with what torch can have, some hundred MiB less
+        total = torch.cuda.get_device_properties(0).total_memory
+    gpu = described_gpu(name, total)
     return make_plan(demand_of(config)[0], layout, Cluster(gpu, parallel.gpus, parallel.nodes))
 
 

@@ -6,8 +6,9 @@ measured gets back what was measured. `tests/plan` holds the plan to the sources
 
 TRAINING_SHARES = ((1536, 0.35), (3584, 0.47), (5120, 0.49))
 """Of the dense bfloat16 rate, forward and backward, by hidden size (between these in proportion, beyond them as the
-nearest): updates of 1.5B, 7B and 32B on an H100 in 2.67, 2.17 and 14.0 s ("The plan beside what was measured"). Wider
-products fill the GPU better; at 32B layers were computed again."""
+nearest): updates of 1.5B, 7B and 32B on an H100 in 2.67 s ("A whole GRPO step on the GPU", the earlier machine), 2.17
+and 14.0 s ("The plan beside what was measured"). Wider products fill the GPU better; at 32B layers were computed
+again."""
 
 SCORING_SHARE = 0.31
 """Of the same, forward alone, at 1.5B: 96,000 packed tokens a second ("The training pass on the GPU")."""
@@ -17,8 +18,9 @@ PASS_SECONDS_A_LAYER = 0.185 / 28
 pass without gradient is taken for a third of it."""
 
 HOST_SECONDS_A_SAMPLE = 32e-6
-"""Of vLLM's own loop in each decoding step: 8.2 ms at 256 samples, while the GPU needs 6.1 ("Where a decoding step's
-time goes"). vLLM prepares a step while the GPU works on the last one, so that the longer of the two counts."""
+"""Of vLLM's own loop in each decoding step: 8.3 ms at 256 samples, which make 30,860 tokens a second ("vLLM on the
+trainer's weights", the earlier machine), while the GPU needs 6.1 ("Where a decoding step's time goes"). vLLM prepares a
+step while the GPU works on the last one, so that the longer of the two counts."""
 
 HBM_SHARE = 0.7
 """Of the memory's rate when decoding reads weights and keys. Assumed; with the two below it gives the steps of 1.5B,
@@ -32,8 +34,8 @@ LAYER_SECONDS_A_SAMPLE = 0.27e-6
 """The same, for each sample. Fitted to the same three."""
 
 PUBLISH_SECONDS_A_LAYER = 0.204 / 28
-"""Of a publish and its proof: 1 ms to copy, 8 ms to compare slots and 195 ms to compare answers, at 28 layers ("vLLM on
-the trainer's weights")."""
+"""Of a publish and its proof, 0.20 s at 28 layers ("A whole GRPO step on the GPU", the earlier machine): a millisecond
+to copy, 10 to compare slots, and the rest to compare answers."""
 
 LINK_SHARE = 0.8
 """Of a link's rate in large collectives. Assumed, not measured."""
