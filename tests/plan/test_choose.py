@@ -272,7 +272,7 @@ def test_the_objective_decides_which_passes_there_are() -> None:
     anchored = run_of("model.path=qwen2.5-7b", "algorithm.kl_coef=0.01", "algorithm.epochs=2")
     assert anchored.scorings == 2
     ppo = run_of("model.path=qwen2.5-7b", "algorithm.advantage=gae")
-    assert (ppo.learning, ppo.scorings) == (2, 1)
+    assert (ppo.learning, ppo.scorings) == ((ppo.lora, ppo.lora), 1)
     seconds = {phase.phase: phase.seconds for phase in chosen(ppo, EIGHT).phases}
     assert seconds["update"] > 1.9 * next(p.seconds for p in chosen(on_policy, EIGHT).phases if p.phase == "update")
 

@@ -137,19 +137,19 @@ def test_an_optimizer_on_the_host_is_on_the_gpu_for_its_step_alone() -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     moments = [t for name, t in optimizer_tensors(optimizer, list(parameters)).items() if not name.endswith("/step")]
-    demand = replace(run_of("algorithm.advantage=gae"), shape=shape, lora=lora)
-    assert host.optimizer_bytes(demand) == sum(tensor.nbytes for tensor in moments)
+    demand = replace(run_of("algorithm.advantage=gae"), shape=shape, lora=lora, critic=lora)
+    assert host.optimizer_bytes(lora) == sum(tensor.nbytes for tensor in moments)
 
     kept, away = (
         make_plan(replace(demand, optimizer_offload=hosted), Layout("ddp"), EIGHT).memory for hosted in (False, True)
     )
-    both = 2 * host.optimizer_bytes(demand)  # the policy's and the critic's
+    both = 2 * host.optimizer_bytes(lora)  # the policy's and the critic's
     assert (kept.row("optimizer").sampling, away.row("optimizer").sampling) == (both, 0)
     assert away.training == kept.training - both, "activations take more than a step's moments"
     assert dict(away.host)[OFFLOADED_OPTIMIZER] == 8 * both
     short = replace(demand, optimizer_offload=True, microbatch_tokens=1, prompts=1, samples=1, longest_response=1)
     few = make_plan(replace(short, longest_prompt=1), Layout("ddp"), EIGHT).memory
-    assert few.row("optimizer").training == host.optimizer_bytes(demand), "one adapter's at a time"
+    assert few.row("optimizer").training == host.optimizer_bytes(lora), "one adapter's at a time"
     assert few.row(ACTIVATIONS).training == 0
 
 

@@ -56,7 +56,7 @@ def test_the_plan_counts_such_a_pass(recompute: bool) -> None:
 
 def test_ppo_takes_what_two_more_adapters_take(tmp_path: Path) -> None:
     """docs/performance.md, "One base for everything": 22.5 GiB with critic and reward model, 21.8 without."""
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"r": 32, "target_modules": "all-linear"}')
 
     def adapters(*words: str) -> int:
         held = make_plan(run_of(*words), Layout("ddp"), ONE).memory

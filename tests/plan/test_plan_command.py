@@ -60,14 +60,14 @@ def test_a_reward_model_of_its_own_takes_its_whole_bytes_and_an_adapter_its_own(
 
     adapter = tmp_path / "judge"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text('{"r": 64, "target_modules": "all-linear"}')
     plain, _ = bytes_with()
     own, _ = bytes_with("reward_model.path=qwen2.5-7b")
     assert own["reward model of its own"] == 2 * 7_615_616_512
     assert own["adapters, float32 masters"] == plain["adapters, float32 masters"]
     third, _ = bytes_with(f"reward_model.path={adapter}")
     assert third["reward model of its own"] == 0
-    assert third["adapters, float32 masters"] == 2 * plain["adapters, float32 masters"]
+    assert third["adapters, float32 masters"] == 3 * plain["adapters, float32 masters"]  # twice the policy's rank
     _, notes = bytes_with("reward_model.path=somebody/judge")
     assert any(note.startswith("reward_model.path=somebody/judge: lorl does not know its shape") for note in notes)
 

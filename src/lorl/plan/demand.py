@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorl.errors import UserError
 from lorl.plan.footprint import Pass
-from lorl.plan.lora import Lora, lora_of
+from lorl.plan.lora import Lora, critic_lora_of, lora_in, lora_of
 from lorl.plan.shape import KNOWN_TYPES, Shape, find_folder, find_shape
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ class Demand:
     device: Device
     shape: Shape
     parameters: int  # of the whole base: the shape's, or those that the model has
-    lora: Lora
+    lora: Lora  # the policy's
+    critic: Lora | None
+    frozen: tuple[Lora, ...]  # adapters without an optimizer: a reference, a reward model
     itemsize: int  # bytes of a base weight
-    learning: int  # adapters with an optimizer: the policy, and a critic
-    frozen: int  # adapters without: a reference, a reward model
     classifier: int  # bytes of a reward model that is a model of its own
     # of a step
     prompts: int
@@ -59,6 +59,15 @@ class Demand:
     optimizer_offload: bool
     activation_offload: bool
     shm_files: int  # bytes that a node's copy of the model's files takes
+
+    @property
+    def learning(self) -> tuple[Lora, ...]:
+        """The adapters with an optimizer. Their scalar heads are not counted, of one number a hidden unit."""
+        return (self.lora,) if self.critic is None else (self.lora, self.critic)
+
+    @property
+    def adapters(self) -> tuple[Lora, ...]:
+        return self.learning + self.frozen
 
     @property
     def longest(self) -> int:
@@ -111,10 +120,12 @@ def demand_of(
     config: "RunConfig", shape: Shape | None = None, lora: Lora | None = None, device: Device = "cuda"
 ) -> tuple[Demand, list[str]]:
     """The demand of a run, and what was assumed on the way, a sentence each. The model's `shape` is looked up by
-    `model.path` where it is not given, and the adapter's by `adapter`. On a CPU nothing has another memory to go to.
+    `model.path` where it is not given, and the policy's adapter by `adapter`: a run that gives its `lora` checks itself
+    what its adapters reach. On a CPU nothing has another memory to go to.
 
     Raises:
-        UserError: the model's shape is unknown, the adapter fits it nowhere, or the objective contradicts itself.
+        UserError: the model's shape is unknown, an adapter fits it nowhere or its folder cannot be read, or the
+            objective contradicts itself.
     """
     from lorl.objective import Objective
 
@@ -126,18 +137,22 @@ def demand_of(
     adapter, algorithm, objective = config.adapter, config.algorithm, Objective.of(config)
     has_reference = algorithm.kl_coef > 0
     itemsize = 4 if config.model.dtype in (("float32",) if on_gpu else ("float32", "auto")) else 2
-    classifier = _classifier_bytes(config, itemsize, notes)
-    learning, frozen = adapter_counts(config)
+    policy = lora or lora_of(shape, adapter)
+    anchored = has_reference and adapter.path is not None and algorithm.reference == "start"
+    critic = None
+    if objective.needs_critic:
+        critic = critic_lora_of(shape, config.critic, adapter, policy, checked=lora is not None)
+    reward_adapters, classifier = _reward_model(config, shape, policy, itemsize, notes)
     prompts, samples = config.data.prompts_per_step, config.rollout.n
     mean_response = config.rollout.max_response_tokens * (1 if config.rollout.ignore_eos else MEAN_LENGTH)
     demand = Demand(
         device=device,
         shape=shape,
         parameters=shape.parameters,
-        lora=lora or lora_of(shape, adapter),
+        lora=policy,
+        critic=critic,
+        frozen=(policy,) * anchored + reward_adapters,
         itemsize=itemsize,
-        learning=learning,
-        frozen=frozen - (classifier > 0),
         classifier=classifier,
         prompts=prompts,
         samples=samples,
@@ -190,25 +205,20 @@ def _engine(config: "RunConfig") -> Engine:
     return "torch" if splits or config.rollout.engine == "torch" else "vllm"
 
 
-def adapter_counts(config: "RunConfig") -> tuple[int, int]:
-    """Adapters that learn (the policy, a critic), and those that do not (a reference, a reward model)."""
-    from lorl.objective import Objective
-
-    algorithm = config.algorithm
-    anchored = algorithm.kl_coef > 0 and config.adapter.path is not None and algorithm.reference == "start"
-    return 1 + Objective.of(config).needs_critic, anchored + (config.reward_model.path is not None)
-
-
-def _classifier_bytes(config: "RunConfig", itemsize: int, notes: list[str]) -> int:
-    """Of a reward model that is no adapter on the run's base: a whole model beside it."""
+def _reward_model(
+    config: "RunConfig", shape: Shape, policy: Lora, itemsize: int, notes: list[str]
+) -> tuple[tuple[Lora, ...], int]:
+    """An adapter on the run's base, or the bytes of a whole model beside it."""
     path = config.reward_model.path
-    if path is None or (Path(path).expanduser() / "adapter_config.json").is_file():
-        return 0
+    if path is None:
+        return (), 0
+    if (Path(path).expanduser() / "adapter_config.json").is_file():
+        return (lora_in(shape, path, "reward_model.path"),), 0
     try:
-        return find_shape(path).parameters * itemsize
+        return (), find_shape(path).parameters * itemsize
     except UserError:
         notes.append(f"reward_model.path={path}: lorl does not know its shape, and counts an adapter's bytes for it")
-        return 0
+        return (policy,), 0
 
 
 def _shm_files(model: "ModelConfig", shape: Shape, notes: list[str]) -> int:

@@ -8,6 +8,7 @@ from lorl.plan.demand import Demand
 from lorl.plan.footprint import Pass
 from lorl.plan.hardware import GIB, Cluster
 from lorl.plan.layout import Layout
+from lorl.plan.lora import Lora
 
 PROCESS_BYTES = 4 * GIB  # Python, torch, CUDA and vLLM of one rank; assumed, not measured
 _ALIGNMENT = 256  # of a streamed layer's parameters (lorl.policy.streaming)
@@ -21,13 +22,14 @@ MODEL_FILES = "the model's files in /dev/shm"
 def host_rows(demand: Demand, layout: Layout, cluster: Cluster, how: Pass, tokens: int) -> tuple[tuple[str, int], ...]:
     """Of one node, by holder. `how` and `tokens`: of a rank's largest training pass."""
     gpus = cluster.gpus
-    parameters = (demand.learning + demand.frozen) * demand.lora.parameters
+    parameters = sum(lora.parameters for lora in demand.adapters)
+    moments = sum(optimizer_bytes(lora) for lora in demand.learning) if demand.optimizer_offload else 0
     saved = parameters * (footprint.MASTER_BYTES + footprint.ADAMW_BYTES)
     return (
         ("processes", gpus * PROCESS_BYTES),
         (MODEL_FILES, demand.shm_files),
         (OFFLOADED_BASE, gpus * base_bytes(demand, layout) if layout.offload else 0),
-        (OFFLOADED_OPTIMIZER, gpus * demand.learning * optimizer_bytes(demand) if demand.optimizer_offload else 0),
+        (OFFLOADED_OPTIMIZER, gpus * moments),
         (OFFLOADED_ACTIVATIONS, gpus * activation_bytes(demand, how, tokens) if how.away else 0),
         ("a checkpoint's copy of adapters and optimizer", saved),
     )
@@ -46,20 +48,23 @@ def base_bytes(demand: Demand, layout: Layout) -> int:
     return demand.shape.layers * layer
 
 
-def optimizer_bytes(demand: Demand) -> int:
+def optimizer_bytes(lora: Lora) -> int:
     """AdamW's two moments of one adapter."""
-    return sum(2 * pinned(size * footprint.ADAMW_BYTES // 2) for size in demand.lora.tensors)
+    return sum(2 * pinned(size * footprint.ADAMW_BYTES // 2) for size in lora.tensors)
 
 
 def activation_bytes(demand: Demand, how: Pass, tokens: int) -> int:
-    """What a rank's layers keep of a pass: their inputs where they are recomputed."""
-    shape, lora = demand.shape, demand.lora
+    """What a rank's layers keep of a pass, with the adapter that keeps most: their inputs where they are recomputed."""
+    shape = demand.shape
     if how.recompute:
         return shape.layers * pinned(tokens * shape.hidden * how.itemsize)
-    return sum(
-        pinned(tokens * size)
-        for adapted in lora.layers
-        for size in footprint.layer_kept_tensors(shape, adapted, lora.rank, how)
+    return max(
+        sum(
+            pinned(tokens * size)
+            for adapted in lora.layers
+            for size in footprint.layer_kept_tensors(shape, adapted, lora.rank, how)
+        )
+        for lora in demand.learning
     )
 
 

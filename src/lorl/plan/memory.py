@@ -84,17 +84,17 @@ def memory(demand: Demand, layout: Layout, cluster: Cluster, others: int = 0) ->
 
 
 def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, recompute: bool) -> Memory:
-    shape, lora, n = demand.shape, demand.lora, demand.itemsize
+    shape, n = demand.shape, demand.itemsize
     tokens = demand.microbatch(cluster.world)
     how = demand.passes_as(tokens, recompute=recompute)
     base, copy = _base_bytes(demand, layout)
     worst, decoding = _worst_moment(demand, layout, tokens, how), _gathered_in_decoding(demand, layout)
-    learning, adapters = demand.learning, demand.learning + demand.frozen
-    masters = adapters * lora.parameters * footprint.MASTER_BYTES
-    gradients = learning * lora.parameters * footprint.GRADIENT_BYTES
-    moments = 0 if demand.optimizer_offload else learning * lora.parameters * footprint.ADAMW_BYTES
+    learning = sum(lora.parameters for lora in demand.learning)
+    masters = sum(lora.parameters for lora in demand.adapters) * footprint.MASTER_BYTES
+    gradients = learning * footprint.GRADIENT_BYTES
+    moments = 0 if demand.optimizer_offload else learning * footprint.ADAMW_BYTES
     vllm = demand.engine == "vllm"
-    slots = footprint.slot_bytes(shape, lora.rank, n, demand.slots, layout.engine) if vllm else 0
+    slots = footprint.slot_bytes(shape, demand.lora.rank, n, demand.slots, layout.engine) if vllm else 0
     engine = _engine_bytes(demand, layout) if vllm else 0
     reserve = int(RESERVE * cluster.gpu.memory)
     rows = [
@@ -133,9 +133,14 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, re
         capacity=cluster.gpu.memory,
         cache=cache,
         recompute=recompute,
-        without_recompute=footprint.activation_bytes(shape, lora, tokens, demand.passes_as(tokens, recompute=False)),
-        with_recompute=footprint.activation_bytes(shape, lora, tokens, demand.passes_as(tokens, recompute=True)),
+        without_recompute=_activations(demand, tokens, demand.passes_as(tokens, recompute=False)),
+        with_recompute=_activations(demand, tokens, demand.passes_as(tokens, recompute=True)),
     )
+
+
+def _activations(demand: Demand, tokens: int, how: footprint.Pass) -> int:
+    """Of the adapter whose pass holds most: the policy and a critic have theirs one after the other."""
+    return max(footprint.activation_bytes(demand.shape, lora, tokens, how) for lora in demand.learning)
 
 
 def _engine_bytes(demand: Demand, layout: Layout) -> int:
@@ -173,16 +178,16 @@ class _Moment:
 
 
 def _worst_moment(demand: Demand, layout: Layout, tokens: int, how: footprint.Pass) -> _Moment:
-    """A layer's backward pass, the head, or a step of an optimizer whose moments have come for it. None of them goes
-    on beside another, and adapters take their steps one by one."""
+    """A layer's backward pass, the policy's head, or a step of an optimizer whose moments have come for it. None of
+    them goes on beside another, and adapters take their steps one by one."""
     shape = demand.shape
     kept = footprint.kept_bytes(shape, demand.lora, tokens, how)
-    layer = footprint.layer_moment_bytes(shape, demand.lora, tokens, how)
     head = footprint.head_moment_bytes(shape, tokens, how, demand.device)
     layers, weight = _gathered(demand, layout)
-    moments = [_Moment(kept + layer, gathered=layers), _Moment(kept, head, weight)]
+    moments = [_Moment(_activations(demand, tokens, how), gathered=layers), _Moment(kept, head, weight)]
     if demand.optimizer_offload:
-        moments.append(_Moment(optimizer=demand.lora.parameters * footprint.ADAMW_BYTES))
+        largest = max(lora.parameters for lora in demand.learning)
+        moments.append(_Moment(optimizer=largest * footprint.ADAMW_BYTES))
     return max(moments, key=lambda moment: moment.total)
 
 

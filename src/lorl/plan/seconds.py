@@ -55,7 +55,8 @@ def step_seconds(demand: Demand, layout: Layout, cluster: Cluster, held: Memory)
 
 
 def training_operations(demand: Demand, *, gradient: bool, recompute: bool) -> float:
-    """Floating-point operations of one packed token: the frozen base needs no gradient of its weights."""
+    """Floating-point operations of one packed token: the frozen base needs no gradient of its weights. A critic's pass
+    is taken for the policy's."""
     shape, lora = demand.shape, demand.lora
     base = 2 * shape.layers * shape.linear_parameters
     adapter = 2 * lora.parameters
@@ -122,7 +123,7 @@ def _exchanges(demand: Demand, cluster: Cluster, tokens: float, *, gradient: boo
 def _optimizer_step(demand: Demand, cluster: Cluster) -> dict[str, float]:
     """An all-reduce of the adapters' gradients over all ranks, the only gradients that there are; and moments that come
     from the host and go back."""
-    parameters = demand.learning * demand.lora.parameters
+    parameters = sum(lora.parameters for lora in demand.learning)
     reduced = traffic.reduced_bytes(parameters * footprint.GRADIENT_BYTES, cluster.world)
     found = {"links": reduced / _rate(cluster, cluster.world)}
     if demand.optimizer_offload:

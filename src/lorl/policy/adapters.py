@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lorl.config import AdapterConfig
 from lorl.errors import UserError, nearest
-from lorl.plan.lora import Lora, lora_on
+from lorl.plan.lora import Lora, lora_at_most
 from lorl.plan.shape import Shape
 from lorl.seeding import stable_seed
 
@@ -66,10 +66,7 @@ def counted(lora: LoraConfig, shape: Shape) -> Lora:
         one if one is None or isinstance(one, str) else sorted(one)
         for one in (lora.target_modules, lora.exclude_modules)
     )
-    try:
-        return lora_on(shape, rank, targets or "all-linear", exclude)
-    except UserError:
-        return lora_on(shape, rank, "all-linear")
+    return lora_at_most(shape, rank, targets or "all-linear", exclude)
 
 
 def attach_copy(peft: PeftModel, source: str, name: str) -> None:
