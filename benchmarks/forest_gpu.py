@@ -99,7 +99,7 @@ def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool) -> Pol
     if not eager:
         from lorl.policy import layers
 
-        layers.install(base, compiled=True, recompute=recompute, kept=kept_bytes(base, AdapterConfig(rank=32)))
+        layers.install(base, compiled=True, recompute=recompute, kept=kept_bytes(peft))
     policy = Policy(peft, None, trained=TRAINED)  # type: ignore[arg-type]  # the tokenizer is not asked
     generator = torch.Generator(DEVICE).manual_seed(1)
     for name, parameter in policy.parameters(TRAINED).items():

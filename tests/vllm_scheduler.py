@@ -33,8 +33,9 @@ class Played:
     thrown_out: int = 0  # samples that lost their blocks to others on the way
 
 
-def make_scheduler(model: Path, work: Workload, *, ahead: bool) -> Any:
-    """`ahead`: the scheduler that prepares a step while the last one runs, as vLLM does on a GPU."""
+def make_scheduler(model: Path, work: Workload, *, ahead: bool, window: int | None = None) -> Any:
+    """`ahead`: the scheduler that prepares a step while the last one runs, as vLLM does on a GPU. `window`: tokens that
+    attention reaches back."""
     import torch
     from vllm.config import (  # pyright: ignore[reportMissingImports]
         CacheConfig,
@@ -49,6 +50,7 @@ def make_scheduler(model: Path, work: Workload, *, ahead: bool) -> Any:
         FullAttentionSpec,
         KVCacheConfig,
         KVCacheGroupSpec,
+        SlidingWindowSpec,
     )
     from vllm.v1.structured_output import StructuredOutputManager  # pyright: ignore[reportMissingImports]
 
@@ -63,7 +65,8 @@ def make_scheduler(model: Path, work: Workload, *, ahead: bool) -> Any:
     )  # fmt: skip
     config.cache_config.block_size, config.cache_config.num_gpu_blocks = BLOCK, work.blocks  # a CPU has its own mind
     config.scheduler_config.max_num_batched_tokens, config.scheduler_config.max_num_seqs = 512, work.running
-    layers = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float16)
+    sizes: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float16}
+    layers = FullAttentionSpec(**sizes) if window is None else SlidingWindowSpec(**sizes, sliding_window=window)
     cache = KVCacheConfig(work.blocks, [], [KVCacheGroupSpec(["layer"], layers)])
     kind = AsyncScheduler if ahead else Scheduler
     return kind(config, cache, StructuredOutputManager(config), block_size=BLOCK, hash_block_size=BLOCK)

@@ -11,14 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig
+from lorl.critic import CRITIC
 from lorl.experience import Completion, Forest, Outcome, Prompt
 from lorl.packing import pack
 from lorl.plan import footprint
 from lorl.plan.lora import lora_on
 from lorl.plan.shape import find_shape
-from lorl.policy import layers, varlen
+from lorl.policy import adapters, layers, varlen
 from lorl.policy.attention import ForestAttention
-from lorl.policy.load import TRAINED, kept_bytes, load_base, load_policy
+from lorl.policy.load import TRAINED, kept_bytes, load_policy
 from lorl.policy.policy import Policy
 
 
@@ -88,19 +89,24 @@ def test_auto_recomputes_a_pass_that_would_take_most_of_what_is_free(monkeypatch
 
 def test_what_a_pass_keeps_is_what_the_plan_counts(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", "qwen2")
-    base, shape = load_base(ModelConfig(path=str(folder))), find_shape(str(folder))
+    shape, how = find_shape(str(folder)), footprint.Pass(4, eager=True, recompute=False)
     for given, planned in ((["q_proj", "v_proj"], ["q_proj", "v_proj"]), (["q_proj", "lm_head"], "all-linear")):
-        kept = kept_bytes(base, AdapterConfig(rank=4, target_modules=given))
-        how = footprint.Pass(4, eager=True, recompute=False)
+        policy = load_policy(ModelConfig(path=str(folder)), AdapterConfig(rank=4, target_modules=given), seed=0)
+        critic = adapters.configured(AdapterConfig(rank=32))
+        policy.add_adapter(CRITIC, critic, seed=0, learns=True)
+        kept = kept_bytes(policy.peft)
         assert kept is not None
-        assert kept(96) == footprint.kept_bytes(shape, lora_on(shape, 4, planned), 96, how)
+        for name, counted in ((TRAINED, lora_on(shape, 4, planned)), (CRITIC, lora_on(shape, 32, "all-linear"))):
+            policy.select(name)
+            assert kept(96) == footprint.kept_bytes(shape, counted, 96, how)
 
 
 def test_nobody_knows_what_a_mixture_of_experts_keeps() -> None:
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
     config = AutoConfig.for_model("mixtral", **sizes, num_attention_heads=2, num_key_value_heads=1)
     with torch.device("meta"):
-        assert kept_bytes(AutoModelForCausalLM.from_config(config), AdapterConfig()) is None
+        base = AutoModelForCausalLM.from_config(config)
+        assert kept_bytes(adapters.attach(base, TRAINED, AdapterConfig(target_modules=["q_proj"]), seed=0)) is None
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -14,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import UserError
 from lorl.plan import footprint
+from lorl.plan.lora import Lora
 from lorl.plan.shape import Shape
 from lorl.policy import adapters, attention, layers, lora, shared_memory
 from lorl.policy.fetch import resolve
@@ -138,23 +141,30 @@ def load_policy(
         compiled=base.device.type == "cuda",
         recompute=model.gradient_checkpointing,
         offload=model.activation_offload,
-        kept=kept_bytes(base, adapter),
+        kept=kept_bytes(peft),
     )
     policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED)
     policy.check_packing()
     return policy
 
 
-def kept_bytes(base: PreTrainedModel, adapter: AdapterConfig) -> Callable[[int], int] | None:
-    """What a training pass over so many tokens keeps for its backward half, as the plan counts it. None: the plan does
-    not know such a model."""
+def kept_bytes(peft: PeftModel) -> Callable[[int], int] | None:
+    """What a training pass over so many tokens, with the adapter that is selected then, keeps for its backward half, as
+    the plan counts it. None: the plan does not know such a model."""
+    base: Any = peft.get_base_model()
     try:
         shape = Shape.of(base.config)
     except UserError:
         return None
-    adapted, itemsize = adapters.counted(adapters.configured(adapter), shape), base.dtype.itemsize
-    how = footprint.Pass(itemsize, eager=itemsize != 2, recompute=False)
-    return lambda tokens: footprint.kept_bytes(shape, adapted, tokens, how)
+    how = footprint.Pass(base.dtype.itemsize, eager=base.dtype.itemsize != 2, recompute=False)
+    tuner: Any = peft.base_model
+
+    @cache
+    def counted(name: str) -> Lora:
+        lora: Any = peft.peft_config[name]
+        return adapters.counted(lora, shape)
+
+    return lambda tokens: footprint.kept_bytes(shape, counted(tuner.active_adapters[0]), tokens, how)
 
 
 def pick_device(config: ModelConfig) -> torch.device:

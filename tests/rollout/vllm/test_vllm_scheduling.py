@@ -10,7 +10,7 @@ from lorl.policy.load import TRAINED
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.vllm.scheduling import skip_known_answers
 from vllm_engines import Opened, draw, llama, needs_vllm, ordered
-from vllm_scheduler import BLOCK, Played, Workload, make_requests, make_scheduler, play, save_shape
+from vllm_scheduler import Played, Workload, make_requests, make_scheduler, play, save_shape
 
 pytestmark = needs_vllm
 __all__ = ["llama"]
@@ -35,28 +35,22 @@ def test_vllm_schedules_every_step_as_it_would(shape: Path, blocks: int, running
         assert len(ours.cached) > work.groups
 
 
-def schedule(shape: Path, work: Workload, *, ahead: bool, quick: bool) -> tuple[Played, int]:
+def test_a_sliding_window_is_asked_about_as_before(shape: Path) -> None:
+    """Its manager gives blocks back as a sample grows."""
+    work = Workload(0, blocks=60, running=16)
+    theirs, ours = (schedule(shape, work, ahead=True, quick=quick, window=24) for quick in (False, True))
+    assert ours == theirs
+
+
+def schedule(shape: Path, work: Workload, *, ahead: bool, quick: bool, window: int | None = None) -> tuple[Played, int]:
     """What a workload comes to, and how often vLLM's block manager was asked."""
-    scheduler, asked = make_scheduler(shape, work, ahead=ahead), list[int]()
+    scheduler, asked = make_scheduler(shape, work, ahead=ahead, window=window), list[int]()
     coordinator = scheduler.kv_cache_manager.coordinator
     needed = coordinator.get_num_blocks_to_allocate
     coordinator.get_num_blocks_to_allocate = lambda **call: (asked.append(1), needed(**call))[1]
     if quick:
         skip_known_answers(scheduler.kv_cache_manager)
     return play(scheduler, make_requests(work), ahead=ahead), len(asked)
-
-
-def test_other_kinds_of_attention_are_asked_as_before() -> None:
-    class SlidingWindowManager:
-        block_size = BLOCK
-
-    class Blocks:
-        def __init__(self) -> None:
-            self.coordinator = type("", (), {"single_type_managers": (SlidingWindowManager(),)})
-
-    blocks = Blocks()
-    skip_known_answers(blocks)
-    assert set(vars(blocks)) == {"coordinator"}
 
 
 @pytest.fixture
