@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,17 +113,21 @@ def lora_in(shape: Shape, folder: str, key: str = "adapter.path") -> Lora:
     return lora_at_most(shape, *_saved(folder, key))
 
 
+def reach(config: Mapping[str, Any]) -> tuple[int, Targets, Targets | None]:
+    """Largest rank, target modules and excluded ones of a LoRA configuration of peft's, by its fields."""
+    rank = max([int(config["r"]), *(config.get("rank_pattern") or {}).values()])
+    targets, exclude = (
+        one if one is None or isinstance(one, str) else sorted(one)
+        for one in (config["target_modules"], config.get("exclude_modules"))
+    )
+    return rank, targets or "all-linear", exclude
+
+
 def _saved(folder: str, key: str) -> tuple[int, Targets, Targets | None]:
     """Largest rank, target modules and excluded ones of a peft folder."""
     file = Path(folder).expanduser() / "adapter_config.json"
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        rank = max([int(found["r"]), *(found.get("rank_pattern") or {}).values()])
-        targets, exclude = (
-            one if one is None or isinstance(one, str) else list(one)
-            for one in (found["target_modules"], found.get("exclude_modules"))
-        )
-        return rank, targets or "all-linear", exclude
+        return reach(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{key}={folder}: {file.name} cannot be read ({error}); name a folder that peft saved"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lorl.config import AdapterConfig
 from lorl.errors import UserError, nearest
-from lorl.plan.lora import Lora, lora_at_most
+from lorl.plan.lora import Lora, lora_at_most, reach
 from lorl.plan.shape import Shape
 from lorl.seeding import stable_seed
 
@@ -61,12 +61,7 @@ def configured(config: AdapterConfig) -> LoraConfig:
 def counted(lora: LoraConfig, shape: Shape) -> Lora:
     """As the plan counts it: with its largest rank everywhere, and on all linear layers where it reaches modules that
     are in no layer."""
-    rank = max([lora.r, *(lora.rank_pattern or {}).values()])
-    targets, exclude = (
-        one if one is None or isinstance(one, str) else sorted(one)
-        for one in (lora.target_modules, lora.exclude_modules)
-    )
-    return lora_at_most(shape, rank, targets or "all-linear", exclude)
+    return lora_at_most(shape, *reach(vars(lora)))
 
 
 def attach_copy(peft: PeftModel, source: str, name: str) -> None:
