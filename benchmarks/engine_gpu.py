@@ -135,8 +135,11 @@ def float32_twin(policy: Policy, config: RunConfig) -> Policy:
     return twin
 
 
-def difference(engine: VllmEngine, policy: Policy, twin: Policy, adapter: str | None, seed: int) -> str:
+def difference(
+    engine: VllmEngine, policy: Policy, twin: Policy, adapter: str | None, seed: int, *, folds: bool = False
+) -> str:
     """Mean and largest |log-probability difference| over 32 x 2 samples of 64 tokens; and both sides beside float32."""
+    engine.folds = folds
     asked = texts(policy, 32, 64)
     requests = [Request(p, [seed * 100 + i, seed * 100 + 50 + i]) for i, p in enumerate(asked)]
     answers = list(engine.generate(requests, Sampling(max_tokens=64, ignore_eos=True), adapter=adapter))
@@ -148,12 +151,13 @@ def difference(engine: VllmEngine, policy: Policy, twin: Policy, adapter: str | 
         twin.load_adapter(adapter, policy.adapter_tensors(adapter), "the policy")
     with torch.no_grad():
         ours, exact = (model.logprobs(forest, adapter=adapter).logprobs.cpu() for model in (policy, twin))
+    engine.folds = False
     theirs = experience.rollout_logprobs
     gap = (ours - theirs).abs()
     beside = ", ".join(
-        f"{name} {(side - exact).abs().mean():.1e}" for name, side in (("engine", theirs), ("trainer", ours))
+        f"{name} {(side - exact).abs().mean():.4f}" for name, side in (("engine", theirs), ("trainer", ours))
     )
-    return f"{gap.mean():.1e} (max {gap.max():.1e}; {-theirs.mean():.1f} nats a token; beside float32: {beside})"
+    return f"{gap.mean():.4f} (max {gap.max():.2f}; {-theirs.mean():.1f} nats a token; beside float32: {beside})"
 
 
 @contextmanager
@@ -316,15 +320,11 @@ def engine_part(args: argparse.Namespace, folder: Path) -> None:
 def agreement(engine: VllmEngine, policy: Policy, twin: Policy, table: Table) -> None:
     table.add(("|dlogp| base", difference(engine, policy, twin, None, 1)))
     table.add(("|dlogp| adapter", difference(engine, policy, twin, TRAINED, 2)))
-    engine.folds = True
-    table.add(("|dlogp| folded", difference(engine, policy, twin, TRAINED, 3)))
-    engine.folds = False
+    table.add(("|dlogp| folded", difference(engine, policy, twin, TRAINED, 3, folds=True)))
     rejuvenate(policy)
     engine.publish(TRAINED, 6, "")
     table.add(("|dlogp| young adapter", difference(engine, policy, twin, TRAINED, 5)))
-    engine.folds = True
-    table.add(("|dlogp| young adapter, folded", difference(engine, policy, twin, TRAINED, 6)))
-    engine.folds = False
+    table.add(("|dlogp| young adapter, folded", difference(engine, policy, twin, TRAINED, 6, folds=True)))
     for version in range(7, 57):
         perturb(policy, version)
         engine.publish(TRAINED, version, "")

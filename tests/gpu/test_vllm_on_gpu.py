@@ -1,9 +1,11 @@
 """The vLLM engine on a CUDA device, in bfloat16: one base, adapters in slots, folds, rest and rebuild."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lorl.errors import UserError
 from lorl.policy.load import TRAINED
@@ -45,11 +47,42 @@ def test_engine_and_trainer_agree_through_slot_and_fold(engine: Opened) -> None:
     for adapter, folds in ((None, False), (TRAINED, False), (TRAINED, True)):
         engine.engine.folds = folds
         found = run(engine.engine, adapter, Sampling(max_tokens=32, ignore_eos=True), n=4)
-        engine.engine.folds = False
         assert distance(engine.policy, found, adapter) < BOUND
+        engine.engine.folds = False
     assert engine.policy.base_checksum() == before
     other = run(engine.engine, TRAINED, Sampling(max_tokens=32, ignore_eos=True), n=4)
     assert distance(engine.policy, other, None) > 2 * BOUND  # the adapter says something else than the base
+
+
+@torch.no_grad()
+def test_norms_and_rotations_round_as_vllms_kernels(engine: Opened) -> None:
+    """The kernels that a decoding step runs, and what runs in their place in training: the same to the bit, almost
+    everywhere (sums of float32 in another order can fall on the other side of a tie)."""
+    theirs, base = engine.engine.inside.model.model.layers[1], engine.policy.peft.get_base_model()
+    mine: Any = base.model.layers[1]
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, residual, query = (torch.randn(300, 256, device="cuda", generator=generator).bfloat16() for _ in range(3))
+    weight = theirs.post_attention_layernorm.weight  # the same memory on both sides
+    before = weight.clone()
+    weight.copy_(1 + 0.3 * torch.randn(256, device="cuda", generator=generator))
+    normed, summed = theirs.post_attention_layernorm(x.clone(), residual.clone())
+    assert torch.equal(summed, x + residual)
+    assert share(mine.post_attention_layernorm(summed), normed) > 0.999
+    assert share(type(mine.post_attention_layernorm).forward(mine.post_attention_layernorm, summed), normed) < 0.9
+    weight.copy_(before)
+    positions = torch.arange(300, device="cuda")
+    rotated, _ = theirs.self_attn.rotary_emb(positions, query.clone(), query[:, :128].clone())
+    angles = base.model.rotary_emb(query, positions[None])
+    plain = query.view(1, 300, 4, 64).transpose(1, 2)
+    found, _ = apply_rotary_pos_emb(plain, plain, *angles)
+    assert found.dtype == torch.float32
+    assert share(found.bfloat16().transpose(1, 2).reshape(300, 256), rotated) > 0.999
+    rounded, _ = apply_rotary_pos_emb(plain, plain, *(angle.bfloat16() for angle in angles))
+    assert share(rounded.transpose(1, 2).reshape(300, 256), rotated) < 0.9
+
+
+def share(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found == expected).float().mean())
 
 
 def test_resting_gives_memory_back_and_waking_takes_it(engine: Opened) -> None:

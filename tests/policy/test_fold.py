@@ -10,10 +10,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import save_tiny_model, tiny_tokenizer
+from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import InfrastructureError, UserError
+from lorl.experience import Completion, Forest, Outcome, Prompt
+from lorl.packing import pack
 from lorl.policy import attention
 from lorl.policy.checksums import tensor_checksum
 from lorl.policy.fold import fold
+from lorl.policy.load import TRAINED, load_policy
 from lorl.policy.policy import Policy
 
 NAME = "policy"
@@ -111,12 +115,12 @@ def test_the_folded_base_says_what_the_adapter_says(tiny_model: Path, lora: dict
     assert torch.equal(own_logits(policy), alone)
 
 
-def test_a_folded_bf16_weight_is_the_sum_rounded_once(tiny_model: Path) -> None:
+def test_a_folded_bf16_weight_is_the_sum_of_what_slots_hold_rounded_once(tiny_model: Path) -> None:
     policy = make(tiny_model, torch.bfloat16)
     layer = "model.layers.0.mlp.down_proj"
     before = weight_of(policy, layer).clone()
     parameters = {name: value for name, value in policy.parameters(NAME).items() if f"{layer}.lora_" in name}
-    down, up = parameters.values()
+    down, up = (value.to(torch.bfloat16) for value in parameters.values())
     with torch.autocast("cpu", dtype=torch.bfloat16), fold(policy, NAME):  # autocast must not reach the product
         expected = (before.double() + 2.0 * up.double() @ down.double()).to(torch.bfloat16)
         folded = weight_of(policy, layer)
@@ -357,3 +361,40 @@ def test_two_flipped_signs_do_not_cancel(tiny_model: Path) -> None:
         assert policy.base_checksum() != before
         weight[[first, second]] *= -1
     assert policy.base_checksum() == before
+
+
+def test_the_trainer_rounds_as_the_fold_beside_it(tmp_path: Path) -> None:
+    """In bfloat16, log-probabilities and all: of the weights that a fold leaves, for the adapter that is sampled and
+    for a frozen copy of it, and not for a critic's."""
+    config = AdapterConfig(rank=4)
+    policy = load_policy(ModelConfig(path=str(save_tiny_model(tmp_path)), dtype="bfloat16"), config, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.parameters(TRAINED).items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    policy.freeze_copy(TRAINED, "reference")
+    policy.freeze_copy(TRAINED, "critic")
+    policy.add_scalar_head("critic", "value_head")
+    forest = one_tree()
+    with torch.no_grad():
+        beside, value = score(policy, forest, TRAINED), score(policy, forest, "critic")
+        policy.folds = True
+        within, reference = score(policy, forest, TRAINED), score(policy, forest, "reference")
+        assert torch.equal(score(policy, forest, "critic"), value)
+        with fold(policy, TRAINED):
+            policy.altered, why = None, policy.altered
+            folded = score(policy, forest, None)
+            policy.altered = why
+    assert torch.equal(within, folded)
+    assert torch.equal(reference, within)
+    assert not torch.equal(beside, folded)
+
+
+def score(policy: Policy, forest: Forest, adapter: str | None) -> Tensor:
+    return policy.states(forest, adapter=adapter).float()
+
+
+def one_tree() -> Forest:
+    prompt = Prompt("p", list(range(2, 34)), "")
+    answers = [Completion(prompt, i, list(range(40 + i, 80 + i)), [0.0] * 40, "", "stop", 1) for i in range(4)]
+    return pack(answers, [Outcome("ok", 1.0)] * 4).forest

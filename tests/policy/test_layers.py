@@ -134,8 +134,10 @@ def attention_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("attention_by_hand")
-def test_all_layers_and_forests_share_one_compilation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folds", [False, True])
+def test_all_layers_and_forests_share_one_compilation(tmp_path: Path, folds: bool) -> None:
     policy = load(save_tiny_model(tmp_path, hidden_size=64, initializer_range=0.05), dtype="bfloat16")
+    policy.folds = folds
     forests = [forest_of(3, 4), forest_of(5, 2), forest_of(4, 1)]
     with torch.no_grad():
         plain = [policy.logprobs(forest, adapter=TRAINED).logprobs for forest in forests]

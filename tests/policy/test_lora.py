@@ -24,14 +24,15 @@ def model(folder: Path, **fields: object) -> PeftModel:
     return peft
 
 
+@pytest.mark.parametrize("in_weights", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_value_and_gradient_are_pefts(tiny_model: Path, fields: dict[str, bool]) -> None:
+def test_value_and_gradient_are_pefts(tiny_model: Path, fields: dict[str, bool], in_weights: bool) -> None:
     tokens = torch.randint(2, 258, (2, 9), generator=torch.Generator().manual_seed(0))
     found = []
     for fused in (False, True):
-        peft = model(tiny_model, **fields)
+        peft = model(tiny_model, **fields).double()
         if fused:
-            fuse(peft)
+            fuse(peft).in_weights = in_weights
         logits = peft(input_ids=tokens).logits
         trained = [p for _, p in sorted(peft.named_parameters()) if p.requires_grad]
         found.append((logits.detach(), torch.autograd.grad(logits.square().mean(), trained)))
@@ -82,3 +83,54 @@ def test_what_is_less_than_half_a_step_of_bfloat16_is_lost_as_in_the_engine(tiny
         base = layer(x)
     assert torch.equal(run(x, torch.zeros_like(base)), base.float().square())
     assert torch.equal(run(x, torch.full_like(base, 4096.0)), torch.full(base.shape, 4096.0**2))
+
+
+def test_dropout_keeps_the_adapter_beside_the_weights(tiny_model: Path) -> None:
+    peft = model(tiny_model, lora_dropout=0.5)
+    sums = fuse(peft)
+    layer: Any = next(module for name, module in peft.named_modules() if name.endswith("layers.0.mlp.up_proj"))
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    found = []
+    for sums.in_weights in (False, True):
+        torch.manual_seed(0)
+        found.append((layer.train()(x), layer.eval()(x)))
+    (dropped, whole), (dropped_again, summed) = found
+    assert torch.equal(dropped, dropped_again)
+    assert not torch.equal(whole, summed)  # another order of operations
+    assert torch.allclose(whole, summed, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_round_as_a_fold_rounds_them(tiny_model: Path, compiled: bool) -> None:
+    """Beside an engine that folds, a bfloat16 layer says what the folded weight says: what is less than half a step of
+    the weight is lost, what is less than half a step of the output alone is not."""
+    peft = model(tiny_model).to(torch.bfloat16)
+    fuse(peft).in_weights = True
+    layer: Any = next(module for name, module in peft.named_modules() if name.endswith("layers.0.mlp.up_proj"))
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    run = torch.compile(layer, fullgraph=True, options=_ROUNDED) if compiled else layer
+    x = torch.randn(500, layer.in_features, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad():
+        down.mul_(0.02)
+        weight = layer.base_layer.weight
+        folded = (weight.double() + layer.scaling["default"] * up.double() @ down.double()).to(torch.bfloat16)
+        assert 0.1 < (folded == weight).float().mean() < 0.9
+        assert torch.equal(run(x), x @ folded.T)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_through_the_weights_are_those_of_the_exact_sum(tiny_model: Path, compiled: bool) -> None:
+    """bfloat16 beside float64, where the sum is not rounded."""
+    peft = model(tiny_model).to(torch.bfloat16)
+    fuse(peft).in_weights = True
+    layer: Any = next(module for name, module in peft.named_modules() if name.endswith("layers.0.mlp.up_proj"))
+    up, down, weight = layer.lora_B["default"].weight, layer.lora_A["default"].weight, layer.base_layer.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, layer.in_features, generator=generator).to(torch.bfloat16).requires_grad_()
+    pull = torch.randn(500, layer.out_features, generator=generator).to(torch.bfloat16)
+    run = torch.compile(layer, fullgraph=True, options=_ROUNDED) if compiled else layer
+    mine = torch.autograd.grad(run(x), [x, up, down], pull)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, up, down)]
+    exact = wide[0] @ (weight.double() + layer.scaling["default"] * wide[1] @ wide[2]).T
+    for found, expected in zip(mine, torch.autograd.grad(exact, wide, pull.double()), strict=True):
+        assert (found - expected).abs().max() < 0.01 * expected.abs().max()

@@ -47,6 +47,7 @@ def _attention(
     if softcap is not None or s_aux is not None:
         what = "soft-capped attention scores" if softcap is not None else "attention sinks"
         raise UserError(f"{type(module).__name__} uses {what}, which lorl's packed attention does not compute yet.")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # float32 where `rounding` has them rotated in it
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Only a cache asks which layer this is. A layer being compiled must not: it would be compiled again for each index.
     layer: Any = -1 if torch.compiler.is_compiling() else module.layer_idx

@@ -94,7 +94,8 @@ class Fold:
 
 
 def fold(policy: Policy, adapter: str) -> Fold:
-    """Adds scaling * B A of `adapter`, computed in float32 and rounded once, into every weight that it adapts.
+    """Adds scaling * B A of `adapter` into every weight that it adapts: the factors in the weight's dtype, as a slot
+    holds them, their product and the sum in float32, rounded once.
 
     Until it is undone, nothing reads the base by way of the policy. The adapter itself may go on changing: undoing
     uses a copy of it that is made here. The memory needed for a moment is that of one layer: its float32 product and
@@ -200,8 +201,8 @@ def _prepare(name: str, module: Linear, adapter: str) -> tuple[_Layer, Tensor]:
     """What restores the layer's weight, and what to write into it. The weight is left as it is."""
     base: Any = module.base_layer
     weight: Tensor = base.weight.detach()
-    up = _factor(module.lora_B[adapter]) * module.scaling[adapter]
-    down = _factor(module.lora_A[adapter]).clone()
+    up = _rounded(_weight(module.lora_B[adapter]) * module.scaling[adapter], weight.dtype)
+    down = _rounded(_weight(module.lora_A[adapter]), weight.dtype)
     delta = _product(up, down)
     # A narrow and a float32 tensor are added in float32; `out` rounds the sum once, in the same pass over memory.
     summed = torch.add(weight, delta, out=torch.empty_like(weight))
@@ -219,9 +220,14 @@ def _prepare(name: str, module: Linear, adapter: str) -> tuple[_Layer, Tensor]:
     return _Layer(name, weight, tensor_checksum(weight), lost, record), summed
 
 
-def _factor(half: nn.Module) -> Tensor:
+def _weight(half: nn.Module) -> Tensor:
     weight: Any = half.weight
     return weight.detach().float()
+
+
+def _rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 copy that holds what a slot of `dtype`, or the trainer's own sum of the weights, has of it."""
+    return factor.to(dtype, copy=True).float()
 
 
 def _product(up: Tensor, down: Tensor) -> Tensor:

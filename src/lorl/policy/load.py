@@ -21,6 +21,7 @@ from lorl.plan.shape import Shape
 from lorl.policy import adapters, attention, layers, lora, shared_memory
 from lorl.policy.fetch import resolve
 from lorl.policy.policy import Policy
+from lorl.policy.rounding import round_as_kernels
 from lorl.seeding import stable_seed
 
 transformers_logging.disable_progress_bar()  # its bars tear the console's own, and fill log files with control codes
@@ -135,7 +136,8 @@ def load_policy(
     forward pass. `base` is given where its weights are another's."""
     base = load_base(model) if base is None else base
     peft = adapters.attach(base, TRAINED, adapter, seed)
-    lora.fuse(peft)
+    sums = lora.fuse(peft)
+    round_as_kernels(base)
     layers.install(
         base,
         compiled=base.device.type == "cuda",
@@ -143,7 +145,7 @@ def load_policy(
         offload=model.activation_offload,
         kept=kept_bytes(peft),
     )
-    policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED)
+    policy = Policy(peft, tokenizer or load_tokenizer(model), trained=TRAINED, sums=sums)
     policy.check_packing()
     return policy
 

@@ -15,6 +15,7 @@ from lorl.experience import Forest
 from lorl.policy import adapters, attention
 from lorl.policy.checksums import checksum, fingerprint
 from lorl.policy.logprobs import head_logprobs, linear_kl, linear_logits, linear_logprobs
+from lorl.policy.lora import Sums
 
 _NOISE = 2.0  # times what two exact attentions differ by in half precision
 _DIFFERENT = 0.3  # relative: attention that leaves something out is off by more, however deep the model
@@ -73,13 +74,20 @@ class Policy:
         tokenizer, device, dtype: of the base.
         altered: why the base's weights are not its own at present ("adapter 'policy' is folded into them"), or None.
             Whoever writes into them sets it, and nothing reads the base by way of the policy until it is None again.
+        folds: whether passes round an adapter together with the weights it is added to, as an engine does that folds it
+            into the base; set by that engine. Only in half precision, and not for adapters with a scalar head, which
+            no engine samples from.
         sequence: what splits training and scoring passes over ranks; None in one process. The calls that make them are
             then collective, and each rank gets the whole result.
         fingerprint: of a base whose tensors are in parts here, set by whoever took them apart; else None.
     """
 
-    def __init__(self, peft: PeftModel, tokenizer: PreTrainedTokenizerBase, *, trained: str) -> None:
+    def __init__(
+        self, peft: PeftModel, tokenizer: PreTrainedTokenizerBase, *, trained: str, sums: Sums | None = None
+    ) -> None:
+        """`sums` is the switch of the fused LoRA layers, where they are (`lora.fuse`)."""
         self._peft = peft
+        self._sums = sums or Sums()
         self._layers = adapters.layers(peft)
         self._adapter_parameters: dict[str, dict[str, nn.Parameter]] = {}
         self.trained = trained
@@ -93,6 +101,7 @@ class Policy:
         self._scalar_heads: dict[str, _ScalarHead] = {}
         self._learning = {trained}
         self._selected: Any = ...  # nothing yet
+        self.folds = False
         self.altered: str | None = None
         self.sequence: SplitPasses | None = None
         self.fingerprint: str | None = None
@@ -204,6 +213,7 @@ class Policy:
     def select(self, adapter: str | None) -> None:
         """Makes `adapter` the one that the layers apply. Only adapters that learn ever require gradients."""
         tuner: Any = self.peft.base_model  # every pass over the base comes by here
+        self._sums.in_weights = self.folds and self.dtype != torch.float32 and adapter not in self._scalar_heads
         if adapter == self._selected:
             return
         if adapter is None:

@@ -53,7 +53,6 @@ class VllmEngine:
     """`Engine` over a running vLLM whose base is the policy's.
 
     Attributes:
-        folds: whether rollouts of an adapter add it into the base (`policy.fold`) instead of using its slot.
         publish_times: of the last publish.
     """
 
@@ -81,10 +80,21 @@ class VllmEngine:
         self._rests = rests
         self._sharers = sharers
         self._let_go = let_go
-        self.folds = False
         self.publish_times = PublishTimes()
         self._adopt(inside)
         self._proof = PublishProof(self, policy, prompt_tokens=inside.block_size + 4, agree=self._any_rank)
+
+    @property
+    def folds(self) -> bool:
+        """Whether rollouts of an adapter add it into the base (`policy.fold`) instead of using its slot.
+
+        The trainer then rounds as the fold does: `Policy.folds` is the same switch.
+        """
+        return self._policy.folds
+
+    @folds.setter
+    def folds(self, on: bool) -> None:
+        self._policy.folds = on
 
     def publish(self, name: str, version: int, checksum: str) -> float:
         clock = _Clock(self._policy.device)

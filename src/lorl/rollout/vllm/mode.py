@@ -11,15 +11,12 @@ from lorl.policy.policy import Policy
 from lorl.rollout.engine import Request, Sampling
 from lorl.rollout.vllm.engine import VllmEngine
 
-_WORTH = 0.9  # of the adapter's seconds: in half precision a fold that takes more is not worth what it rounds
-
 
 def faster_mode(engine: VllmEngine, policy: Policy, config: RunConfig) -> tuple[bool, str]:
     """Whether folding is the faster way for this run's rollouts, and a sentence that says so with the seconds.
 
     A short rollout each way, after one to warm up; the fold's own cost counts once a rollout, the tokens as many times
-    as half the longest answer. In half precision a fold differs more from the trainer than a slot does
-    (docs/performance.md, "Young adapters in bfloat16"), so that there it has to save a tenth.
+    as half the longest answer. Either way the trainer rounds as the engine does (`lorl.policy.lora`).
     """
     cuda = policy.device.type == "cuda"
     samples = min(config.rollout.max_concurrent, config.data.prompts_per_step * config.rollout.n, 256 if cuda else 8)
@@ -33,7 +30,7 @@ def faster_mode(engine: VllmEngine, policy: Policy, config: RunConfig) -> tuple[
         each = max(long - short, 0.0) / tokens
         seconds[folds] = short + each * steps
     engine.folds = False
-    folds = seconds[True] < (1.0 if policy.dtype == torch.float32 else _WORTH) * seconds[False]
+    folds = seconds[True] < seconds[False]
     name, other = ("fold", "adapter") if folds else ("adapter", "fold")
     return folds, (
         f"rollout.adapter_mode={name}: {seconds[folds]:.2f} s a rollout of {samples} x {steps} tokens against "
