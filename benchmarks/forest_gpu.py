@@ -23,6 +23,7 @@ from lorl.packing import cut, pack, select
 from lorl.policy import adapters, attention, lora
 from lorl.policy.load import TRAINED, kept_bytes
 from lorl.policy.policy import Policy
+from lorl.policy.rounding import round_as_kernels
 
 VOCABULARY = 151_936
 ROUNDS = 3
@@ -79,7 +80,7 @@ class Row:
 HEADER = "         case  packing largest batches  counted/s   packed/s ms/batch    GiB first_s"
 
 
-def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool) -> Policy:
+def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool, folds: bool = False) -> Policy:
     hidden, inner, layer_count, heads, kv_heads = SHAPES[shape]
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -95,12 +96,14 @@ def build(shape: str, dtype: torch.dtype, *, recompute: Any, eager: bool) -> Pol
         base: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention.NAME)
     base = base.to(dtype).requires_grad_(False).eval()
     peft = adapters.attach(base, TRAINED, AdapterConfig(rank=32), seed=0)
-    lora.fuse(peft)
+    sums = lora.fuse(peft)
+    round_as_kernels(base)
     if not eager:
         from lorl.policy import layers
 
         layers.install(base, compiled=True, recompute=recompute, kept=kept_bytes(peft))
-    policy = Policy(peft, None, trained=TRAINED)  # type: ignore[arg-type]  # the tokenizer is not asked
+    policy = Policy(peft, None, trained=TRAINED, sums=sums)  # type: ignore[arg-type]  # the tokenizer is not asked
+    policy.folds = folds
     generator = torch.Generator(DEVICE).manual_seed(1)
     for name, parameter in policy.parameters(TRAINED).items():
         if "lora_B" in name:  # peft starts it at zero
@@ -190,6 +193,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=32, help="prompts")
     parser.add_argument("--recompute", choices=["auto", "true", "false"], default="auto")
     parser.add_argument("--eager", action="store_true", help="nothing compiled, nothing recomputed")
+    parser.add_argument("--folds", action="store_true", help="multiply by weights with the adapter in them")
     parser.add_argument("--exactness", action="store_true", help="also compare with float32")
     chosen = parser.parse_args()
     chosen.cases = [Case.parse(case) if isinstance(case, str) else case for case in chosen.cases]
@@ -200,8 +204,15 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     chosen = arguments()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    print(device, f"torch {torch.__version__}", chosen.shape, "eager" if chosen.eager else "", flush=True)
-    policy = build(chosen.shape, torch.bfloat16, recompute=chosen.recompute, eager=chosen.eager)
+    print(
+        device,
+        f"torch {torch.__version__}",
+        chosen.shape,
+        "eager" if chosen.eager else "",
+        "folded" if chosen.folds else "",
+        flush=True,
+    )
+    policy = build(chosen.shape, torch.bfloat16, recompute=chosen.recompute, eager=chosen.eager, folds=chosen.folds)
     print(HEADER)
     for case in chosen.cases:  # printed as they are found: a lease can end at any time
         for budget in chosen.tokens:
