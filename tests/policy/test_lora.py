@@ -134,3 +134,20 @@ def test_gradients_through_the_weights_are_those_of_the_exact_sum(tiny_model: Pa
     exact = wide[0] @ (weight.double() + layer.scaling["default"] * wide[1] @ wide[2]).T
     for found, expected in zip(mine, torch.autograd.grad(exact, wide, pull.double()), strict=True):
         assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_a_compiled_layer_keeps_no_second_copy_of_its_weight(tiny_model: Path) -> None:
+    peft = model(tiny_model).to(torch.bfloat16)
+    fuse(peft).in_weights = True
+    layer: Any = next(module for name, module in peft.named_modules() if name.endswith("layers.0.mlp.up_proj"))
+    run, weight = torch.compile(layer, fullgraph=True, options=_ROUNDED), layer.base_layer.weight.requires_grad_(False)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(torch.randn(500, layer.in_features, dtype=torch.bfloat16))
+    assert any(tensor.shape == (500, layer.in_features) for tensor in kept)  # what the adapter's gradient is made of
+    assert all(tensor.numel() < weight.numel() or tensor.shape[0] == 500 for tensor in kept if tensor is not weight)

@@ -95,6 +95,7 @@ class _InWeights(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """The sum is made again: kept, it would be a second copy of the base."""
+        """The sum is made again: kept, it would be a second copy of the base. And by other operations, for a compiler
+        that finds the same ones in both halves keeps what they made."""
         x, weight, down, up = ctx.saved_tensors
-        return grad @ torch.addmm(weight, up, down), None, None, (grad @ up).T @ x, grad.T @ (x @ down.T)
+        return grad @ (weight + up @ down), None, None, (grad @ up).T @ x, grad.T @ (x @ down.T)

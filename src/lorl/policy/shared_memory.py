@@ -141,12 +141,14 @@ def _available() -> int:
 
 
 def _leave_remover(copy: Path) -> None:
-    subprocess.Popen(
+    """A process of nobody's: Ray ends the children of its workers with them."""
+    subprocess.run(
         [sys.executable, "-m", "lorl.policy.shared_memory", str(copy)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        check=True,
     )
 
 
@@ -168,6 +170,8 @@ def _remove_unused(copy: Path) -> bool:
 
 
 def main() -> None:
+    if os.fork():
+        return
     copy = Path(sys.argv[1])
     time.sleep(_TICK_S)  # whoever made it has yet to take its own lock
     while not _remove_unused(copy):
