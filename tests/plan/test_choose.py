@@ -10,7 +10,7 @@ from lorl.plan.choose import Plan, choose, make_plan, smallest_change
 from lorl.plan.demand import Demand, Engine, demand_of
 from lorl.plan.hardware import GIB, GPUS, Cluster
 from lorl.plan.layout import STRATEGIES, Layout, Strategy, layouts, vllm_sizes
-from lorl.plan.memory import ACTIVATIONS
+from lorl.plan.memory import ACTIVATIONS, FOLD
 from lorl.settings import load
 
 EIGHT = Cluster(replace(GPUS["h100"], memory=80 * 10**9), 8)
@@ -205,6 +205,26 @@ def test_a_cache_rests_where_activations_can_then_be_kept(concurrent: int) -> No
     assert not auto.memory.recompute
     assert auto.seconds == always.seconds
     assert auto.memory.cache.rests == (concurrent >= 192)
+
+
+def test_a_fold_has_room_of_its_own_where_it_is_asked_for_and_is_left_where_there_is_none() -> None:
+    h100 = Cluster(GPUS["h100"], 1)
+    keys = ["rollout.memory_fraction=null", "data.prompts_per_step=8", "rollout.n=8", "parallel.microbatch_tokens=4096"]
+    small = make_plan(run_of("model.path=qwen2.5-1.5b", *keys), Layout("ddp"), h100).memory
+    assert small.can_fold
+    assert small.row(FOLD).sampling == 0  # the run may, and that there is room is all it needs
+    large = make_plan(run_of("model.path=qwen2.5-32b", *keys), Layout("ddp"), h100).memory
+    assert large.fits
+    assert not large.can_fold
+    folding = run_of("model.path=qwen2.5-32b", "rollout.adapter_mode=fold", *keys)
+    asked = make_plan(folding, Layout("ddp"), h100).memory
+    change = smallest_change(folding, h100, None, None)
+    assert change is not None
+    assert change.settings == ("rollout.adapter_mode=adapter",)
+    assert asked.can_fold
+    assert asked.row(FOLD).sampling == asked.fold > 8 * GIB
+    assert asked.row(FOLD).training == 0
+    assert asked.cache.most == large.cache.most - asked.fold
 
 
 def test_what_nothing_helps_is_said() -> None:

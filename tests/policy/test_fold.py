@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +16,11 @@ from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Completion, Forest, Outcome, Prompt
 from lorl.packing import pack
+from lorl.plan.footprint import fold_bytes
+from lorl.plan.lora import lora_on
+from lorl.plan.shape import find_shape
 from lorl.policy import attention
+from lorl.policy import fold as fold_module
 from lorl.policy.checksums import tensor_checksum
 from lorl.policy.fold import fold
 from lorl.policy.load import TRAINED, load_policy
@@ -361,6 +367,40 @@ def test_two_flipped_signs_do_not_cancel(tiny_model: Path) -> None:
         assert policy.base_checksum() != before
         weight[[first, second]] *= -1
     assert policy.base_checksum() == before
+
+
+def test_memory_that_runs_out_leaves_the_base_and_says_what_to_set(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make(tiny_model, torch.bfloat16)
+    before, prepare, done = snapshot(policy), fold_module._prepare, list[str]()
+
+    def short(name: str, *args: Any) -> Any:
+        if len(done) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(name)
+        return prepare(name, *args)
+
+    monkeypatch.setattr(fold_module, "_prepare", short)
+    with pytest.raises(InfrastructureError, match=r"no memory is left to fold.*rollout\.adapter_mode=adapter"):
+        fold(policy, NAME)
+    assert_same_bytes(policy, before)
+    assert policy.altered is None
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.04])
+def test_the_plan_has_room_for_what_undoing_takes(tmp_path: Path, share: float) -> None:
+    """For deltas of up to a twenty-fifth of the weights, larger than training at usual rates comes to."""
+    policy = make(save_tiny_model(tmp_path, hidden_size=128, intermediate_size=256), torch.bfloat16)
+    draw(policy, 1.0)
+    layers = [module for module in policy._base.modules() if type(module) is Linear]
+    with torch.no_grad():
+        for layer in layers:
+            up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
+            up *= share * layer.base_layer.weight.float().std() / (layer.scaling[NAME] * (up @ down)).std()
+    shape = find_shape(str(tmp_path))
+    with fold(policy, NAME) as folded:
+        assert 0 < folded.record_bytes < fold_bytes(lora_on(shape, 4, "all-linear"), 2)
 
 
 def test_the_trainer_rounds_as_the_fold_beside_it(tmp_path: Path) -> None:

@@ -147,7 +147,9 @@ def _steps(start: _State, cluster: Cluster) -> list[list[_Edit]]:
     demand = start.demand
     halves = [demand.microbatch_tokens >> power for power in range(1, demand.microbatch_tokens.bit_length())]
     halves = [tokens for tokens in halves if tokens >= demand.longest_share]
+    folds_by_choice = demand.folds and demand.itemsize == 2  # vLLM has no adapter kernels for float32 on a GPU
     steps = [
+        [_demand_edit("rollout.adapter_mode", "adapter", folds=False)] if folds_by_choice else [],
         [_demand_edit("parallel.microbatch_tokens", n, microbatch_tokens=n) for n in halves],
         [] if demand.recompute is True else [_demand_edit("model.gradient_checkpointing", "true", recompute=True)],
         [] if demand.rest == "always" else [_demand_edit("rollout.rest", "always", rest="always")],

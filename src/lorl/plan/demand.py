@@ -51,6 +51,7 @@ class Demand:
     concurrent: int
     engine_tokens: int
     slots: int
+    folds: bool  # whether rollouts have to fold the adapter into the base
     memory_fraction: float | None
     rest: Literal["auto", "always", "never"]
     shard_size: int | None  # ranks that hold a copy of a sharded base; None: whatever is best
@@ -166,7 +167,7 @@ def demand_of(
         scorings=objective.needs_old_logprobs + has_reference + objective.needs_critic,
         entropy=algorithm.entropy_coef != 0,
         shm_files=_shm_files(config.model, shape, notes),
-        **_memory_settings(config, on_gpu),
+        **_memory_settings(config, on_gpu, itemsize),
     )
     lengths = "as long as allowed" if config.rollout.ignore_eos else "half of the longest allowed"
     notes.append(
@@ -178,7 +179,7 @@ def demand_of(
     return demand, notes
 
 
-def _memory_settings(config: "RunConfig", on_gpu: bool) -> dict[str, Any]:
+def _memory_settings(config: "RunConfig", on_gpu: bool, itemsize: int) -> dict[str, Any]:
     """The fields of Demand that decide where things lie and for how long."""
     model, rollout, parallel = config.model, config.rollout, config.parallel
     recompute = model.gradient_checkpointing
@@ -190,6 +191,7 @@ def _memory_settings(config: "RunConfig", on_gpu: bool) -> dict[str, Any]:
         "concurrent": rollout.max_concurrent,
         "engine_tokens": rollout.max_batched_tokens or max(ENGINE_TOKENS, rollout.max_concurrent),
         "slots": rollout.adapter_slots,
+        "folds": rollout.adapter_mode == "fold" or (on_gpu and itemsize == 4),
         "memory_fraction": rollout.memory_fraction,
         "rest": rollout.rest,
         "shard_size": parallel.shard_size,

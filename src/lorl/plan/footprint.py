@@ -20,6 +20,7 @@ SPARE_TOKENS = 512  # beyond the samples: a publish's proof
 MASTER_BYTES = 4  # float32, whatever the base's dtype
 GRADIENT_BYTES = 4
 ADAMW_BYTES = 8  # two float32 moments
+FOLD_LOST = 0.05  # share of the weights that a fold remembers one by one: 0.034 seen where deltas are 4% of them
 CUDA_GRAPHS = 2**30  # vLLM's graphs and their pool
 CPU_CACHE = 4 * 2**30  # of vLLM at most, where rollout.memory_fraction is not set: a laptop does other things too
 
@@ -118,6 +119,14 @@ def slot_bytes(shape: Shape, rank: int, itemsize: int, slots: int, ways: int = 1
     return slots * itemsize * (lora.slot_parameters(ways) + head)
 
 
+def fold_bytes(lora: Lora, itemsize: int) -> int:
+    """An adapter folded into the base (`lorl.policy.fold`): its factors, the weights that undoing would get wrong, with
+    their places, and at the largest of them its float32 product and two copies."""
+    sizes = [one.inputs * one.outputs for layer in lora.layers for one in layer]
+    record = min(int(FOLD_LOST * sum(sizes)) * (4 + itemsize), itemsize * sum(sizes))
+    return MASTER_BYTES * lora.parameters + record + max(sizes, default=0) * (4 + 2 * itemsize)
+
+
 def engine_bytes(shape: Shape, itemsize: int, tokens: int, rows: int, ways: int = 1) -> int:
     """vLLM's graphs, the activations of its largest pass over `tokens`, and the logits of `rows` samples."""
     wide = 2 * max(1, shape.ffn // ways) + 4 * shape.hidden + shape.queries // ways
@@ -129,7 +138,7 @@ class Cache:
     """How large an engine's KV cache is to be. It can be where `smallest <= wanted <= most`."""
 
     room: int  # what else is always there leaves of the device
-    training: int  # the largest forward and backward pass
+    training: int  # the largest forward and backward pass, beyond what only sampling takes
     smallest: int  # holds one sample
     wanted: int
     most: int
@@ -166,14 +175,14 @@ def kv_cache(
 
     Args:
         room: what base, adapters, engine and reserve leave of the device.
-        training: the largest forward and backward pass.
+        training: the largest forward and backward pass, beyond what only sampling takes; negative: that is more.
         asked: what `rollout.memory_fraction` says; None: what rollouts can fill, the `usual`, or what fits, whichever
             is least. What the cache leaves, activations may keep instead of being computed again.
         smallest: a cache that holds one sample; fullest: one that no rollout of this run fills.
         rest: `rollout.rest`: auto, always or never; auto where training would take more than `share` of what the
             cache leaves.
     """
-    most = room if rest != "never" else room - training
+    most = room if rest != "never" else room - max(0, training)
     wanted = max(smallest, min(usual, most, fullest)) if asked is None else asked
     rests = rest == "always" or (rest == "auto" and training > share * (room - wanted))
     return Cache(room, training, smallest, wanted, most, rests)

@@ -15,6 +15,7 @@ GRADIENTS = "gradients"
 OPTIMIZER = "optimizer"
 SLOTS = "engine's adapter slots"
 ENGINE = "engine's graphs and buffers"
+FOLD = "what undoes a fold"
 OTHERS = "in use already"
 ACTIVATIONS = "activations of a micro-batch"
 GATHERED = "gathered layers of the base"
@@ -40,6 +41,12 @@ class Memory:
     recompute: bool
     without_recompute: int  # activations that a pass keeps where it does not recompute
     with_recompute: int
+    fold: int  # what folding the adapter into the base takes while sampling, whether the run folds or not
+
+    @property
+    def can_fold(self) -> bool:
+        """Whether rollouts can fold the adapter beside the KV cache that is wanted."""
+        return self.row(FOLD).sampling > 0 or self.sampling + self.fold <= self.capacity
 
     @property
     def sampling(self) -> int:
@@ -96,6 +103,7 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, re
     vllm = demand.engine == "vllm"
     slots = footprint.slot_bytes(shape, demand.lora.rank, n, demand.slots, layout.engine) if vllm else 0
     engine = _engine_bytes(demand, layout) if vllm else 0
+    fold = footprint.fold_bytes(demand.lora, n) if vllm and layout == Layout("ddp") else 0
     reserve = int(RESERVE * cluster.gpu.memory)
     rows = [
         Row(BASE, base, base),
@@ -105,6 +113,7 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, re
         Row(OPTIMIZER, moments, moments + worst.optimizer),
         Row(SLOTS, slots, slots),
         Row(ENGINE, engine, engine),
+        Row(FOLD, fold if demand.folds else 0, 0),
         Row("reward model of its own", demand.classifier, demand.classifier),
         Row("CUDA, NCCL, fragmentation", reserve, reserve),
         Row(OTHERS, others, others),
@@ -113,7 +122,7 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, re
     total, fraction = cluster.gpu.memory, demand.memory_fraction
     cache = footprint.kv_cache(
         room=total - sum(row.sampling for row in rows) - decoding,
-        training=worst.total - decoding,
+        training=worst.total - decoding - (fold if demand.folds else 0),  # it comes when these are gone
         asked=None if fraction is None else int(fraction * total),
         usual=footprint.usual_cache(total, demand.device),
         smallest=per_token * (demand.longest + footprint.SPARE_TOKENS),
@@ -135,6 +144,7 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, re
         recompute=recompute,
         without_recompute=_activations(demand, tokens, demand.passes_as(tokens, recompute=False)),
         with_recompute=_activations(demand, tokens, demand.passes_as(tokens, recompute=True)),
+        fold=fold,
     )
 
 

@@ -103,7 +103,7 @@ def fold(policy: Policy, adapter: str) -> Fold:
 
     Raises:
         UserError: the adapter is more than plain LoRA on linear layers. Nothing was changed.
-        InfrastructureError: an adapter is folded in already.
+        InfrastructureError: an adapter is folded in already, or memory ran out. The base is as it was.
     """
     targets = _targets(policy, adapter)
     folded = Fold(policy, adapter)
@@ -118,6 +118,11 @@ def fold(policy: Policy, adapter: str) -> Fold:
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they hold a layer's product: undoing needs that memory
         folded.undo()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise InfrastructureError(
+                f"no memory is left to fold adapter {adapter!r} into the base; set rollout.adapter_mode=adapter, or a "
+                "smaller rollout.memory_fraction."
+            ) from None
         raise
     return folded
 

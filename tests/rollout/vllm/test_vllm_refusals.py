@@ -101,7 +101,15 @@ def test_adapters_that_vllm_does_not_compute(fields: dict[str, Any], said: str) 
 
 def asked(**changed: float | str | None) -> Cache:
     """What the plan's rule makes of it, where `check` has nothing to say against that."""
-    values: dict[str, Any] = {"base": 3, "adapters": 1, "engine": 0, "training": 20, "smallest": 1, "fullest": 70}
+    values: dict[str, Any] = {
+        "base": 3,
+        "adapters": 1,
+        "engine": 0,
+        "fold": 0,
+        "training": 20,
+        "smallest": 1,
+        "fullest": 70,
+    }
     values = {name: int(changed.get(name, size) * GIB) for name, size in values.items()}  # type: ignore[operator]
     fraction, rest = changed.get("fraction"), str(changed.get("rest", "auto"))
     rows = {
@@ -112,12 +120,13 @@ def asked(**changed: float | str | None) -> Cache:
         memory.OPTIMIZER: 0,
         memory.SLOTS: 0,
         memory.ENGINE: values["engine"],
+        memory.FOLD: values["fold"],
         memory.OTHERS: GIB,
         "reserve": int(RESERVE * 80 * GIB),
     }
     cache = kv_cache(
         room=80 * GIB - sum(rows.values()),
-        training=values["training"],
+        training=values["training"] - values["fold"],
         asked=int(fraction * 80 * GIB) if isinstance(fraction, float) else None,
         usual=usual_cache(80 * GIB, "cuda"),
         smallest=values["smallest"],
@@ -125,7 +134,9 @@ def asked(**changed: float | str | None) -> Cache:
         rest=rest,
     )
     held = tuple(memory.Row(name, size, size) for name, size in rows.items())
-    check(memory.Memory(held, (), 80 * GIB, cache, recompute=False, without_recompute=0, with_recompute=0), rest)
+    check(
+        memory.Memory(held, (), 80 * GIB, cache, recompute=False, without_recompute=0, with_recompute=0, fold=0), rest
+    )
     return cache
 
 
@@ -160,6 +171,7 @@ def test_a_fraction_that_fits_is_what_is_taken() -> None:
         ),
         ({"fraction": 0.001}, r"one sample takes 1\.0 GiB; set rollout\.memory_fraction=0\.9\."),
         ({"base": 60, "training": 30}, r"the base \(60\.0 GiB\) and a training pass \(30\.0 GiB\) do not fit"),
+        ({"base": 70, "fold": 8, "training": 0.1}, r"set rollout\.adapter_mode=adapter, which needs 8\.0 GiB less"),
         ({"base": 75, "training": 0.1}, r"one sample takes 1\.0 GiB; use a smaller model"),
     ],
 )

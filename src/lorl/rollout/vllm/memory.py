@@ -11,11 +11,12 @@ def check(held: plan.Memory, rest: str) -> None:
     """Raises UserError where the KV cache that is wanted, or training, does not fit, with the largest fraction that
     does. `rest` is `rollout.rest`."""
     cache, total = held.cache, held.capacity
-    base = _sum(held, plan.BASE, plan.COPY)
+    base, fold = _sum(held, plan.BASE, plan.COPY), _sum(held, plan.FOLD)
+    training = _gib(cache.training + fold)
     free = total - _sum(held, plan.OTHERS)
     if cache.room < cache.training:
         raise UserError(
-            f"the base ({_gib(base)}) and a training pass ({_gib(cache.training)}) do not fit the device's "
+            f"the base ({_gib(base)}) and a training pass ({training}) do not fit the device's "
             f"{_gib(free)}; lower parallel.microbatch_tokens, or set model.gradient_checkpointing=true."
         )
     if held.has_cache:
@@ -25,14 +26,16 @@ def check(held: plan.Memory, rest: str) -> None:
         if cache.most >= cache.smallest
         else "use a smaller model"
     )
+    if fold and cache.most < cache.smallest <= cache.most + fold:
+        advice = f"set rollout.adapter_mode=adapter, which needs {_gib(fold)} less, or {advice}"
     if rest == "never":
         advice += ", or rollout.rest=auto"
-    adapters = _sum(held, plan.MASTERS, plan.GRADIENTS, plan.OPTIMIZER, plan.SLOTS)
+    adapters = _sum(held, plan.MASTERS, plan.GRADIENTS, plan.OPTIMIZER, plan.SLOTS, plan.FOLD)
     engine = _sum(held, plan.ENGINE)
     beside = f"the base ({_gib(base)}), adapters ({_gib(adapters)}), vLLM's graphs and buffers ({_gib(engine)})"
     raise UserError(
         f"rollout.memory_fraction asks for {_gib(cache.wanted)} of KV cache: beside {beside} and what training needs "
-        f"({_gib(cache.training)}), at most {_gib(max(cache.most, 0))} of the device's {_gib(total)} are free, and one "
+        f"({training}), at most {_gib(max(cache.most, 0))} of the device's {_gib(total)} are free, and one "
         f"sample takes {_gib(cache.smallest)}; {advice}."
     )
 

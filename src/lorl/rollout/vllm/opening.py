@@ -36,6 +36,7 @@ class Opening:
 
     Attributes:
         model: the base, its parameters on the meta device.
+        can_fold: whether what a fold takes fits beside its KV cache.
         start: starts it; what is given goes to vLLM's EngineArgs.
     """
 
@@ -45,6 +46,7 @@ class Opening:
     sharers: Sharers | None  # the ranks that run it together, where there are several
     shape: launch.Shape
     rests: bool  # whether its KV cache rests while the policy trains
+    can_fold: bool
 
     def engine(
         self, inside: Inside, policy: Policy, again: Callable[[], Inside], let_go: Callable[[], None] = lambda: None
@@ -106,7 +108,7 @@ def _open(config: RunConfig, mode: str, sharers: Sharers | None) -> Opening:
     start = partial(launch.start, config, device, dtype, shape)
     if sharers is not None:
         start = partial(tensor_parallel.start, sharers, start)
-    return Opening(config, model, start, sharers, shape, rests)
+    return Opening(config, model, start, sharers, shape, rests, held.can_fold)
 
 
 def planned(

@@ -66,7 +66,7 @@ def _on_base_of(
         tell(f"the base is shared with vLLM: {unshared_bytes(policy.base_tensors(), weights)} extra bytes")
     again = partial(_relaunch, opening.start, inside.weights(tied=True)) if shares else opening.start
     engine = opening.engine(inside, policy, again)
-    engine.folds = _folds(config, engine, policy, shares, tell)
+    engine.folds = _folds(opening, engine, policy, shares, tell)
     return policy, engine
 
 
@@ -97,7 +97,8 @@ def sharded_policy_and_engine(
         raise
 
 
-def _folds(config: RunConfig, engine: VllmEngine, policy: Policy, shares: bool, tell: Callable[[str], None]) -> bool:
+def _folds(opening: Opening, engine: VllmEngine, policy: Policy, shares: bool, tell: Callable[[str], None]) -> bool:
+    config = opening.config
     mode = config.rollout.adapter_mode
     if mode == "fold" and not shares:
         raise UserError("rollout.adapter_mode=fold needs a shared base, and this one is not; use adapter_mode=adapter.")
@@ -106,6 +107,9 @@ def _folds(config: RunConfig, engine: VllmEngine, policy: Policy, shares: bool, 
         return True
     if mode != "auto" or not shares:
         return mode == "fold"
+    if not opening.can_fold:
+        tell("rollout.adapter_mode=adapter: what a fold takes has no room beside the KV cache")
+        return False
     engine.publish(TRAINED, 0, policy.checksum(TRAINED))
     folds, told = faster_mode(engine, policy, config)
     tell(told)
