@@ -13,7 +13,7 @@ from lorl.config import AdapterConfig, ModelConfig
 from lorl.experience import Completion, Forest, Outcome, Prompt
 from lorl.packing import pack
 from lorl.policy import layers, logprobs, varlen
-from lorl.policy.attention import ForestAttention
+from lorl.policy.attention import ForestAttention, Rule
 from lorl.policy.load import TRAINED, load_policy
 from lorl.policy.policy import Policy
 from lorl.rollout.engine import Request, Sampling
@@ -116,8 +116,8 @@ def test_the_kernel_attends_as_dense_masks_do(prefix: int, alphabet: int, window
     half = [x.detach().bfloat16().requires_grad_() for x in exact]
     toward = torch.randn(8, total, 64, generator=generator, device="cuda")
     layout = ForestAttention(forest)
-    expected = layout.attend(0, *exact, scale=0.125, window=window)  # type: ignore[misc]
-    found = layout.attend(0, *half, scale=0.125, window=window)  # type: ignore[misc]
+    expected = layout.attend(0, *exact, Rule(0.125, window))  # type: ignore[misc]
+    found = layout.attend(0, *half, Rule(0.125, window))  # type: ignore[misc]
     grads = torch.autograd.grad((expected * toward).sum(), exact)
     mine = torch.autograd.grad((found.float() * toward).sum(), half)
     for a, b in zip([found, *mine], [expected, *grads], strict=True):

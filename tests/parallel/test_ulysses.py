@@ -94,7 +94,7 @@ def everything(policy: Policy, experience: Experience) -> tuple[dict[str, Tensor
         (4, 47, {}, {}),  # two heads of keys for four ranks
         (3, 43, {"num_attention_heads": 6, "hidden_size": 48, "head_dim": 8}, {}),  # 2 heads of keys, 3 ranks
         (2, 45, {}, {"gradient_checkpointing": True}),
-        (2, 45, {"model_type": "gemma2", "head_dim": 12, "sliding_window": 4, "attn_logit_softcapping": None}, {}),
+        (2, 45, {"model_type": "gemma2", "head_dim": 12, "sliding_window": 4, "attn_logit_softcapping": 2.0}, {}),
     ],
 )
 def test_a_split_pass_says_and_teaches_what_a_whole_one_does(

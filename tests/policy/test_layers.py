@@ -18,7 +18,7 @@ from lorl.plan import footprint
 from lorl.plan.lora import lora_on
 from lorl.plan.shape import find_shape
 from lorl.policy import adapters, layers, varlen
-from lorl.policy.attention import ForestAttention
+from lorl.policy.attention import ForestAttention, Rule
 from lorl.policy.load import TRAINED, kept_bytes, load_policy
 from lorl.policy.policy import Policy
 
@@ -124,7 +124,7 @@ def attention_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         dense = ForestAttention.__new__(ForestAttention)
         plain(dense, forests[len(query)])
         flat = (x.transpose(0, 1) for x in (query, key, value))
-        out = dense.attend(0, *flat, scale=query.shape[-1] ** -0.5, window=None)  # type: ignore[misc]
+        out = dense.attend(0, *flat, Rule(query.shape[-1] ** -0.5))  # type: ignore[misc]
         return out.transpose(0, 1).contiguous(), query.new_zeros(query.shape[1], len(query), dtype=torch.float32)
 
     varlen.span_attention.register_kernel("cpu")(attend)

@@ -21,6 +21,8 @@ FAMILIES = {
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 6},
     "gemma3_text": {"sliding_window": 6, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {"sliding_window": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+    "phi": {},
     "phi3": {"sliding_window": None},
 }
 

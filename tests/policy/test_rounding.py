@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig
+from lorl.policy.attention import Rule
 from lorl.policy.load import load_policy
 from lorl.policy.policy import Policy
 
@@ -25,7 +26,7 @@ class SeenError(Exception):
 class Asking:
     spans = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         raise SeenError(query, key)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorl.experience import Completion, Forest, Outcome, Prompt
 from lorl.packing import pack
 from lorl.policy import varlen
-from lorl.policy.attention import ForestAttention
+from lorl.policy.attention import ForestAttention, Rule
 
 
 def random_forest(seed: int, *, prefix: int = 0, alphabet: int = 50) -> Forest:
@@ -96,7 +96,7 @@ def test_spans_say_what_dense_masks_say(prefix: int, window: int | None) -> None
         query, key, value = (
             torch.randn(heads, total, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
         )
-        dense = ForestAttention(forest).attend(0, query, key, value, scale=0.3, window=window)
+        dense = ForestAttention(forest).attend(0, query, key, value, Rule(0.3, window))
         flat = [x.transpose(0, 1) for x in (query, key, value)]
         reach = -1 if window is None else window - 1
         mine = by_the_definition(*flat, varlen.spans(forest), 0.3, reach)  # type: ignore[arg-type]

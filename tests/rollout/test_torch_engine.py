@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from conftest import save_tiny_model
 from lorl.config import AdapterConfig, ModelConfig
 from lorl.errors import InfrastructureError, UserError
 from lorl.experience import Completion, Outcome, Prompt
@@ -18,7 +19,11 @@ from lorl.rollout.torch_engine import TorchEngine
 
 @pytest.fixture(scope="module")
 def policy(tiny_model: Path) -> Policy:
-    policy = load_policy(ModelConfig(path=str(tiny_model)), AdapterConfig(rank=4, alpha=8.0), seed=0)
+    return with_adapter(tiny_model)
+
+
+def with_adapter(folder: Path) -> Policy:
+    policy = load_policy(ModelConfig(path=str(folder)), AdapterConfig(rank=4, alpha=8.0), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.parameters(TRAINED).items():
         if "lora_B" in name:
@@ -93,6 +98,14 @@ def test_engine_logprobs_are_the_trainers(policy: Policy) -> None:
     experience = pack(found, [Outcome("ok", 0.0)] * len(found))
     scores = policy.logprobs(experience.forest, adapter=TRAINED, temperature=0.8).logprobs
     assert (scores - experience.rollout_logprobs).abs().max() < 2e-5
+
+
+def test_capped_scores_decode_as_they_train(tmp_path: Path) -> None:
+    """Gemma 2, with a cap and a window that bind."""
+    shape = {"sliding_window": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}
+    policy = with_adapter(save_tiny_model(tmp_path, "gemma2", **shape))
+    test_engine_logprobs_are_the_trainers(policy)
+    test_greedy_equals_transformers_generate_token_for_token(policy, TRAINED)
 
 
 def test_completions_end_at_eos_limit_or_stop_string(policy: Policy) -> None:

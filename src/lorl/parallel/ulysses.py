@@ -21,7 +21,7 @@ from lorl.config import RunConfig
 from lorl.errors import UserError
 from lorl.experience import Forest
 from lorl.parallel.group import Ranks
-from lorl.policy.attention import ForestAttention
+from lorl.policy.attention import ForestAttention, Rule
 from lorl.policy.load import load_shape
 
 CALL = "a pass split over ranks"  # in errors
@@ -113,9 +113,7 @@ class SplitAttention(ForestAttention):
         self._size = ranks.size
         self._name = ranks.name
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         size = self._size
         repeats = size // math.gcd(size, key.shape[0])  # the fewest that give each rank the keys of its queries
         if repeats > 1:
@@ -124,7 +122,7 @@ class SplitAttention(ForestAttention):
         rows = self._exchange(torch.cat([x.flatten(1) for x in parts], dim=1))
         found = rows.split([x[0].numel() for x in parts], dim=1)
         q, k, v = (x.view(like.shape).transpose(0, 1).flatten(1, 2) for x, like in zip(found, parts, strict=True))
-        out = super().attend(layer, q, k, v, scale=scale, window=window)  # [H / N, T, D]
+        out = super().attend(layer, q, k, v, rule)  # [H / N, T, D]
         out = out.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
         return self._exchange(out).flatten(0, 1)
 

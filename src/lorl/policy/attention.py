@@ -6,11 +6,12 @@ own code, and its KV-cache classes, are not involved.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lorl.errors import UserError
@@ -20,12 +21,23 @@ from lorl.policy import varlen
 NAME = "lorl"
 
 
+class Rule(NamedTuple):
+    """How a layer scores what its tokens see."""
+
+    scale: float  # of the product of query and key
+    window: int | None = None  # a token sees so many positions up to its own; None: all
+    cap: float | None = None  # scaled scores s become cap * tanh(s / cap) (Gemma 2, arXiv 2408.00118); None: they stay
+
+    def scores(self, products: Tensor) -> Tensor:
+        """Of products of queries and keys."""
+        scaled = products * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+
 class Layout(Protocol):
     """How the tokens of one forward pass attend to each other and to what came before."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """query [H, T, D], key and value [K, T, D] with K dividing H -> [H, T, D]."""
         ...
 
@@ -44,14 +56,13 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    if softcap is not None or s_aux is not None:
-        what = "soft-capped attention scores" if softcap is not None else "attention sinks"
-        raise UserError(f"{type(module).__name__} uses {what}, which lorl's packed attention does not compute yet.")
+    if s_aux is not None:
+        raise UserError(f"{type(module).__name__} uses attention sinks, which lorl's attention does not compute.")
     query, key = query.to(value.dtype), key.to(value.dtype)  # float32 where `rounding` has them rotated in it
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     # Only a cache asks which layer this is. A layer being compiled must not: it would be compiled again for each index.
     layer: Any = -1 if torch.compiler.is_compiling() else module.layer_idx
-    out = layout.attend(layer, query[0], key[0], value[0], scale=scale, window=sliding_window)
+    out = layout.attend(layer, query[0], key[0], value[0], rule)
     return out.transpose(0, 1).unsqueeze(0), None
 
 
@@ -103,7 +114,7 @@ class ForestAttention:
 
     On the CPU the forest is a few calls of scaled-dot-product attention with dense masks: one a tree, or, where a
     tree's root is itself shared by several prompts, one a prompt with the root's keys in front. On a GPU in half
-    precision it is one FlashAttention call (see `lorl.policy.varlen`).
+    precision it is one FlashAttention call (see `lorl.policy.varlen`), but for capped scores.
     With `record` set, the keys and values of every layer are kept: that is how the engine fills its cache.
 
     Segments must be in depth-first order: a segment's descendants follow it without a gap.
@@ -115,17 +126,22 @@ class ForestAttention:
         self._dense: _DenseAttention | None = None
         self.recorded: dict[int, tuple[Tensor, Tensor]] | None = {} if record else None
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         if self.recorded is not None:
             self.recorded[layer] = (key, value)
-        if self.spans is not None and varlen.supports(query):
+        if self.spans is not None and rule.cap is None and varlen.supports(query):
             q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-            return varlen.attend(q, k, v, self.spans, scale=scale, window=window).transpose(0, 1)
+            return varlen.attend(q, k, v, self.spans, scale=rule.scale, window=rule.window).transpose(0, 1)
         if self._dense is None:
             self._dense = _DenseAttention(self._forest)
-        return self._dense.attend(query, key, value, scale, window)
+        return self._dense.attend(query, key, value, rule)
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, rule: Rule) -> Tensor:
+    """query [H, Q, D], key and value [K, S, D], allowed bool[Q, S] -> [H, Q, D]."""
+    key, value = (x.repeat_interleave(len(query) // len(key), dim=0) for x in (key, value))
+    scores = rule.scores(query @ key.transpose(-1, -2)).masked_fill(~allowed, -torch.inf)
+    return torch.softmax(scores.float(), dim=-1).to(query.dtype) @ value
 
 
 class _DenseAttention:
@@ -140,23 +156,35 @@ class _DenseAttention:
         self._units = units(forest)
         self._masks: dict[int | None, list[Tensor | None]] = {}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """As `Layout.attend`."""
-        if window not in self._masks:
-            self._masks[window] = [self._allowed(unit, window) for unit in self._units]
+        if rule.window not in self._masks:
+            self._masks[rule.window] = [self._allowed(unit, rule.window) for unit in self._units]
+        if rule.cap is not None:
+            return self._capped(query, key, value, rule)
         grouped = query.shape[0] != key.shape[0]
         if grouped and query.is_cuda:  # the memory-saving kernel for float32 takes no grouped heads
             key, value = (x.repeat_interleave(query.shape[0] // key.shape[0], dim=0) for x in (key, value))
             grouped = False
         pieces = []
-        for unit, mask in zip(self._units, self._masks[window], strict=True):
+        for unit, mask in zip(self._units, self._masks[rule.window], strict=True):
             q = query[None, :, unit.start : unit.end]
             k, v = (unit.keys(x)[None] for x in (key, value))
             pieces.append(
                 F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=rule.scale, enable_gqa=grouped
                 )[0]
             )
+        return torch.cat(pieces, dim=1)
+
+    def _capped(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        """No kernel of torch's caps scores. Those of a unit [H, own, context + own] are made again for its gradient."""
+        pieces = []
+        for unit, mask in zip(self._units, self._masks[rule.window], strict=True):
+            q = query[:, unit.start : unit.end]
+            k, v = unit.keys(key), unit.keys(value)
+            allowed = q.new_ones(q.shape[1], k.shape[1], dtype=torch.bool).tril() if mask is None else mask
+            pieces.append(checkpoint(_plain_attention, q, k, v, allowed, rule, use_reentrant=False))
         return torch.cat(pieces, dim=1)
 
     def _allowed(self, unit: Unit, window: int | None) -> Tensor | None:

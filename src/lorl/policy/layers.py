@@ -47,6 +47,7 @@ def install(
         kept: Bytes that a pass over so many tokens keeps where it does not recompute. None: nobody knows, and "auto"
             recomputes.
     """
+    compiled = compiled and getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None  # no kernel
     if recompute == "auto" and model.device.type != "cuda":
         recompute = False
     if not (compiled or recompute or offload):

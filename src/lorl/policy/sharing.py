@@ -69,9 +69,10 @@ def bind(model: PreTrainedModel, weights: Weights) -> None:
         aliases.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
     vocabulary = {
-        id(module.weight)
+        id(parameter)
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
         if module is not None
+        for parameter in module.parameters()
     }
     used: dict[str, int] = {}  # rows of each of the owner's tensors that found a parameter
     views: dict[int, Tensor] = {}

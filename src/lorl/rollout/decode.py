@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorl.policy.attention import Rule
+
 _FIRST_COLUMNS = 32
 
 
@@ -102,9 +104,7 @@ class DecodeCache:
         """The step's tokens are in the cache."""
         self._lengths = self._lengths + 1
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """One token a row: query [H, B, D], key and value [K, B, D] -> [H, B, D]; see `attention.Layout`."""
         cache = self._layers[layer]
         heads, batch, size = query.shape
@@ -113,9 +113,9 @@ class DecodeCache:
         cache.own_v[self._rows, :, self._lengths] = value.transpose(0, 1)
         q = query.view(kv_heads, heads // kv_heads, batch, size).permute(2, 0, 1, 3)  # [B, K, R, D]
         own_k, own_v = (x[:, :, : self._columns] for x in (cache.own_k, cache.own_v))
-        own_bias, prompt_bias = self._bias(window, q.dtype)
-        own = (q @ own_k.transpose(-1, -2)).mul_(scale).add_(own_bias)  # [B, K, R, C]
-        prompt = self._over_prompts(q, cache.prompt_k.transpose(-1, -2)).mul_(scale).add_(prompt_bias)
+        own_bias, prompt_bias = self._bias(rule.window, q.dtype)
+        own = rule.scores(q @ own_k.transpose(-1, -2)).add_(own_bias)  # [B, K, R, C]
+        prompt = rule.scores(self._over_prompts(q, cache.prompt_k.transpose(-1, -2))).add_(prompt_bias)
         weights = torch.softmax(torch.cat([prompt, own], dim=-1).float(), dim=-1).to(q.dtype)
         to_prompt, to_own = weights.split([prompt.shape[-1], own.shape[-1]], dim=-1)
         out = self._over_prompts(to_prompt, cache.prompt_v) + to_own @ own_v  # [B, K, R, D]
