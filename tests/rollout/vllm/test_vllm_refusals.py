@@ -126,7 +126,8 @@ def asked(**changed: float | str | None) -> Cache:
     }
     cache = kv_cache(
         room=80 * GIB - sum(rows.values()),
-        training=values["training"] - values["fold"],
+        training=values["training"],
+        sampling=values["fold"],
         asked=int(fraction * 80 * GIB) if isinstance(fraction, float) else None,
         usual=usual_cache(80 * GIB, "cuda"),
         smallest=values["smallest"],
