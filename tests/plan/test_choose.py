@@ -236,6 +236,12 @@ def test_a_cache_beside_folds_rests_where_activations_can_then_be_kept() -> None
     assert not held.recompute
 
 
+def test_a_base_in_parts_is_advised_without_the_fold_that_it_refuses() -> None:
+    change = smallest_change(run_of("model.path=qwen2.5-72b", "rollout.adapter_mode=fold"), EIGHT, "ddp", False)
+    assert change is not None
+    assert change.settings == ("parallel.strategy=fsdp2", "rollout.adapter_mode=adapter")
+
+
 def test_what_nothing_helps_is_said() -> None:
     small = Cluster(replace(GPUS["h100"], memory=8 * GIB), 1)
     assert smallest_change(run_of("model.path=qwen2.5-72b"), small, None, None) is None
