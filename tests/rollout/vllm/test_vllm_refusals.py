@@ -180,7 +180,10 @@ def test_a_fraction_that_fits_is_what_is_taken() -> None:
         ({"fraction": 0.001}, r"one sample takes 1\.0 GiB; set rollout\.memory_fraction=0\.9\."),
         ({"base": 60, "training": 30}, r"the base \(60\.0 GiB\) and a training pass \(30\.0 GiB\) do not fit"),
         ({"base": 70, "fold": 8, "training": 0.1}, r"set rollout\.adapter_mode=adapter, which needs 8\.0 GiB less"),
-        ({"base": 70, "fold": 8, "training": 0.1, "has_slots": False}, r"one sample takes 1\.0 GiB; use a smaller model"),
+        (
+            {"base": 70, "fold": 8, "training": 0.1, "has_slots": False},
+            r"one sample takes 1\.0 GiB; use a smaller model",
+        ),
         ({"base": 75, "training": 0.1}, r"one sample takes 1\.0 GiB; use a smaller model"),
     ],
 )
