@@ -100,7 +100,7 @@ class RolloutConfig(Section):
     adapter_mode: Literal["auto", "adapter", "fold"] = Field(
         default="auto",
         description="vllm: apply the adapter beside the base, or add it into the base for each rollout and take it out "
-        "exactly; auto: time both once",
+        "exactly; auto: time both once, and fold if that is faster and has room",
     )
     adapter_slots: PositiveInt = Field(default=1, description="vllm: adapters that are live at once")
     enforce_eager: bool = Field(default=False, description="vllm: no CUDA graphs: starts sooner, samples slower")

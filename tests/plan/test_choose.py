@@ -227,6 +227,21 @@ def test_a_fold_has_room_of_its_own_where_it_is_asked_for_and_is_left_where_ther
     assert asked.cache.most == large.cache.most - asked.fold
 
 
+def test_a_cache_beside_folds_rests_where_activations_can_then_be_kept() -> None:
+    keys = ["model.path=qwen2.5-7b", "data.prompts_per_step=128", "rollout.n=8", "rollout.max_response_tokens=1024"]
+    keys += ["rollout.max_concurrent=64", "rollout.adapter_mode=fold"]
+    cluster = Cluster(replace(GPUS["h100"], memory=70 * GIB), 1)
+    held = make_plan(run_of(*keys), Layout("ddp"), cluster).memory
+    assert held.cache.rests
+    assert not held.recompute
+
+
+def test_a_base_in_parts_is_advised_without_the_fold_that_it_refuses() -> None:
+    change = smallest_change(run_of("model.path=qwen2.5-72b", "rollout.adapter_mode=fold"), EIGHT, "ddp", False)
+    assert change is not None
+    assert change.settings == ("parallel.strategy=fsdp2", "rollout.adapter_mode=adapter")
+
+
 def test_what_nothing_helps_is_said() -> None:
     small = Cluster(replace(GPUS["h100"], memory=8 * GIB), 1)
     assert smallest_change(run_of("model.path=qwen2.5-72b"), small, None, None) is None

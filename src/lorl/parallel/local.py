@@ -1,6 +1,7 @@
 """The workers of a run in one process, on one device."""
 
 from collections.abc import Callable
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,8 +36,11 @@ def _worker(
         return Worker(config, *policy_and_engine(config, tokenizer, tell, group), group)
     in_parts = group is not None and parallel.strategy in sharding.STRATEGIES
     if samples_with_vllm(config):
-        if group is None or not in_parts:  # with ddp each rank has an engine of its own
-            return Worker(config, *shared.policy_and_engine(config, tokenizer, tell), group)
+        if group is None:
+            return Worker(config, *shared.policy_and_engine(config, tokenizer, tell))
+        if not in_parts:  # with ddp each rank has an engine of its own
+            agree = partial(_all_say, group, "whether rollouts fold the adapter")
+            return Worker(config, *shared.policy_and_engine(config, tokenizer, tell, agree), group)
         trainer = sharding.ShardedTrainer(config, tokenizer, group, tell)
         sharers = sharers_of(sharding.shard_size(config), parallel.collective_limit_s)
         return Worker(config, *copied.policy_and_engine(config, trainer, tell, sharers), group)
@@ -55,3 +59,7 @@ def _worker(
         policy, max_concurrent=config.rollout.max_concurrent, memory_fraction=config.rollout.memory_fraction
     )
     return Worker(config, policy, engine, group)
+
+
+def _all_say(group: Ranks, what: str, says: bool) -> bool:
+    return all(group.gather(says, what))

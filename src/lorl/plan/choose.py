@@ -147,9 +147,8 @@ def _steps(start: _State, cluster: Cluster) -> list[list[_Edit]]:
     demand = start.demand
     halves = [demand.microbatch_tokens >> power for power in range(1, demand.microbatch_tokens.bit_length())]
     halves = [tokens for tokens in halves if tokens >= demand.longest_share]
-    folds_by_choice = demand.folds and demand.itemsize == 2  # vLLM has no adapter kernels for float32 on a GPU
     steps = [
-        [_demand_edit("rollout.adapter_mode", "adapter", folds=False)] if folds_by_choice else [],
+        [_LEAVE_FOLD] if _folds_by_choice(demand) else [],
         [_demand_edit("parallel.microbatch_tokens", n, microbatch_tokens=n) for n in halves],
         [] if demand.recompute is True else [_demand_edit("model.gradient_checkpointing", "true", recompute=True)],
         [] if demand.rest == "always" else [_demand_edit("rollout.rest", "always", rest="always")],
@@ -178,14 +177,21 @@ def _demand_edit(key: str, value: object, **fields: Any) -> _Edit:
 
 
 def _spread_edit(strategy: Strategy, demand: Demand, cluster: Cluster) -> _Edit:
-    """Over all GPUs, or over as many as one vLLM can be of."""
+    """Over all GPUs, or over as many as one vLLM can be of. Parts of the base are not folded into."""
     found = _Edit((f"parallel.strategy={strategy}",), lambda state: replace(state, strategy=strategy))
+    if _folds_by_choice(demand):
+        found = _both(found, _LEAVE_FOLD)
     if demand.engine == "torch" or demand.shard_size or deals_evenly(demand.shape, cluster.world):
         return found
     size = max(vllm_sizes(demand.shape, cluster))
     return _both(found, _demand_edit("parallel.shard_size", size, shard_size=size)) if size > 1 else found
 
 
+def _folds_by_choice(demand: Demand) -> bool:
+    return demand.folds and demand.itemsize == 2  # vLLM has no adapter kernels for float32 on a GPU
+
+
+_LEAVE_FOLD = _demand_edit("rollout.adapter_mode", "adapter", folds=False)
 _OFFLOAD = _Edit(("parallel.param_offload=true",), lambda state: replace(state, offload=True))
 
 

@@ -138,7 +138,7 @@ class Cache:
     """How large an engine's KV cache is to be. It can be where `smallest <= wanted <= most`."""
 
     room: int  # what else is always there leaves of the device
-    training: int  # the largest forward and backward pass, beyond what only sampling takes
+    training: int  # the largest forward and backward pass, beyond what only sampling takes; negative: that is more
     smallest: int  # holds one sample
     wanted: int
     most: int
@@ -164,6 +164,7 @@ def kv_cache(
     *,
     room: int,
     training: int,
+    sampling: int,
     asked: int | None,
     usual: int,
     smallest: int,
@@ -174,15 +175,16 @@ def kv_cache(
     """Divides what is left of a device between the KV cache and training. All in bytes.
 
     Args:
-        room: what base, adapters, engine and reserve leave of the device.
-        training: the largest forward and backward pass, beyond what only sampling takes; negative: that is more.
+        room: what base, adapters, engine and reserve leave of the device, and what only sampling takes.
+        training: the largest forward and backward pass. sampling: what only sampling takes, which is gone by then.
         asked: what `rollout.memory_fraction` says; None: what rollouts can fill, the `usual`, or what fits, whichever
             is least. What the cache leaves, activations may keep instead of being computed again.
         smallest: a cache that holds one sample; fullest: one that no rollout of this run fills.
         rest: `rollout.rest`: auto, always or never; auto where training would take more than `share` of what the
             cache leaves.
     """
-    most = room if rest != "never" else room - max(0, training)
+    beyond = training - sampling
+    most = room if rest != "never" else room - max(0, beyond)
     wanted = max(smallest, min(usual, most, fullest)) if asked is None else asked
-    rests = rest == "always" or (rest == "auto" and training > share * (room - wanted))
-    return Cache(room, training, smallest, wanted, most, rests)
+    rests = rest == "always" or (rest == "auto" and training > share * (room + sampling - wanted))
+    return Cache(room, beyond, smallest, wanted, most, rests)

@@ -122,7 +122,8 @@ def _memory(demand: Demand, layout: Layout, cluster: Cluster, others: int, *, re
     total, fraction = cluster.gpu.memory, demand.memory_fraction
     cache = footprint.kv_cache(
         room=total - sum(row.sampling for row in rows) - decoding,
-        training=worst.total - decoding - (fold if demand.folds else 0),  # it comes when these are gone
+        training=worst.total,
+        sampling=decoding + (fold if demand.folds else 0),
         asked=None if fraction is None else int(fraction * total),
         usual=footprint.usual_cache(total, demand.device),
         smallest=per_token * (demand.longest + footprint.SPARE_TOKENS),

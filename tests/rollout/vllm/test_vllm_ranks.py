@@ -22,6 +22,7 @@ import small_trainer
 import vllm_engines
 from lorl.errors import InfrastructureError, UserError
 from lorl.parallel.group import Ranks
+from lorl.parallel.local import local_worker
 from lorl.parallel.sharding import ShardedTrainer
 from lorl.parallel.shared import sharers_of
 from lorl.policy.load import TRAINED, load_tokenizer
@@ -94,6 +95,25 @@ def test_ranks_train_to_the_numbers_of_one_process(
 ) -> None:
     many = trained(model, tmp_path, pool, "parallel.gpus=2", *keys, name="many")
     assert_equal_runs(alone, many, STEPS)
+
+
+@pytest.mark.parametrize("slow", [None, 1])
+def test_ranks_with_an_engine_each_fold_all_or_none(
+    slow: int | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one samples, another trains on, and it rounds as its own engine."""
+    vllm_engines._no_inspectors()
+
+    def work(group: Ranks) -> Any:
+        config = vllm_config(model, "model.dtype=bfloat16", "rollout.adapter_mode=auto", "parallel.gpus=2")
+        monkeypatch.setattr(shared, "faster_mode", lambda *_: (group.rank != slow, "timed"))
+        told: list[str] = []
+        worker = local_worker(config, load_tokenizer(config.model), told.append, group)
+        return worker._policy.folds, told
+
+    for rank, (folds, told) in enumerate(each(2, tmp_path, work, end_s=START_S)):
+        assert folds == (slow is None)
+        assert ("rollout.adapter_mode=adapter: on another rank" in told[-1]) == (slow is not None and rank != slow)
 
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {

@@ -126,17 +126,25 @@ def asked(**changed: float | str | None) -> Cache:
     }
     cache = kv_cache(
         room=80 * GIB - sum(rows.values()),
-        training=values["training"] - values["fold"],
+        training=values["training"],
+        sampling=values["fold"],
         asked=int(fraction * 80 * GIB) if isinstance(fraction, float) else None,
         usual=usual_cache(80 * GIB, "cuda"),
         smallest=values["smallest"],
         fullest=values["fullest"],
         rest=rest,
     )
-    held = tuple(memory.Row(name, size, size) for name, size in rows.items())
-    check(
-        memory.Memory(held, (), 80 * GIB, cache, recompute=False, without_recompute=0, with_recompute=0, fold=0), rest
+    held = memory.Memory(
+        tuple(memory.Row(name, size, size) for name, size in rows.items()),
+        (),
+        80 * GIB,
+        cache,
+        recompute=False,
+        without_recompute=0,
+        with_recompute=0,
+        fold=0,
     )
+    check(held, rest, has_slots=bool(changed.get("has_slots", True)))
     return cache
 
 
@@ -172,6 +180,10 @@ def test_a_fraction_that_fits_is_what_is_taken() -> None:
         ({"fraction": 0.001}, r"one sample takes 1\.0 GiB; set rollout\.memory_fraction=0\.9\."),
         ({"base": 60, "training": 30}, r"the base \(60\.0 GiB\) and a training pass \(30\.0 GiB\) do not fit"),
         ({"base": 70, "fold": 8, "training": 0.1}, r"set rollout\.adapter_mode=adapter, which needs 8\.0 GiB less"),
+        (
+            {"base": 70, "fold": 8, "training": 0.1, "has_slots": False},
+            r"one sample takes 1\.0 GiB; use a smaller model",
+        ),
         ({"base": 75, "training": 0.1}, r"one sample takes 1\.0 GiB; use a smaller model"),
     ],
 )

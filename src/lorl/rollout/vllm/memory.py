@@ -7,9 +7,9 @@ from lorl.plan import memory as plan
 from lorl.plan.hardware import GIB
 
 
-def check(held: plan.Memory, rest: str) -> None:
+def check(held: plan.Memory, rest: str, *, has_slots: bool) -> None:
     """Raises UserError where the KV cache that is wanted, or training, does not fit, with the largest fraction that
-    does. `rest` is `rollout.rest`."""
+    does. `rest` is `rollout.rest`; `has_slots`: vLLM computes adapters beside this base, so that it need not fold."""
     cache, total = held.cache, held.capacity
     base, fold = _sum(held, plan.BASE, plan.COPY), _sum(held, plan.FOLD)
     training = _gib(cache.training + fold)
@@ -26,7 +26,7 @@ def check(held: plan.Memory, rest: str) -> None:
         if cache.most >= cache.smallest
         else "use a smaller model"
     )
-    if fold and cache.most < cache.smallest <= cache.most + fold:
+    if has_slots and fold and cache.most < cache.smallest <= cache.most + fold:
         advice = f"set rollout.adapter_mode=adapter, which needs {_gib(fold)} less, or {advice}"
     if rest == "never":
         advice += ", or rollout.rest=auto"

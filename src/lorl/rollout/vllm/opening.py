@@ -96,7 +96,7 @@ def _open(config: RunConfig, mode: str, sharers: Sharers | None) -> Opening:
         tensor_parallel.check(model.config, sharers.size)
     max_tokens = longest_sample(config, model.config)
     held = planned(config, model, device, lora, sharers.size if sharers else None)
-    check(held, config.rollout.rest)
+    check(held, config.rollout.rest, has_slots=launch.slots_compute(device, dtype))
     kv_bytes, rests = held.cache.wanted, held.cache.rests
     if sharers is not None:  # their schedulers have to decide alike
         kv_bytes = min(sharers.values(kv_bytes, "the size of the KV cache"))

@@ -28,9 +28,13 @@ def chosen(config: RunConfig) -> bool:
 
 
 def policy_and_engine(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tell: Callable[[str], None],
+    agree: Callable[[bool], bool] = bool,
 ) -> tuple[Policy, VllmEngine]:
     """Both, on one base. `tell` gets what a user should know: copies that could not be avoided, the mode chosen.
+    `agree` tells whether all ranks say True, where each has an engine of its own: what one samples, another trains on.
 
     Raises:
         UserError: vLLM or its version is not at hand, the memory does not suffice, or the adapter is of a kind that
@@ -39,14 +43,18 @@ def policy_and_engine(
     opening = open_alone(config)
     inside = opening.start()
     try:
-        return _on_base_of(inside, opening, tokenizer, tell)
+        return _on_base_of(inside, opening, tokenizer, tell, agree)
     except BaseException:
         inside.shut_down(resting=False)
         raise
 
 
 def _on_base_of(
-    inside: Inside, opening: Opening, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
+    inside: Inside,
+    opening: Opening,
+    tokenizer: PreTrainedTokenizerBase,
+    tell: Callable[[str], None],
+    agree: Callable[[bool], bool],
 ) -> tuple[Policy, VllmEngine]:
     """Binds the model to the weights of the vLLM that runs in `inside`, or loads it apart where that can't be."""
     config, model = opening.config, opening.model
@@ -66,7 +74,7 @@ def _on_base_of(
         tell(f"the base is shared with vLLM: {unshared_bytes(policy.base_tensors(), weights)} extra bytes")
     again = partial(_relaunch, opening.start, inside.weights(tied=True)) if shares else opening.start
     engine = opening.engine(inside, policy, again)
-    engine.folds = _folds(opening, engine, policy, shares, tell)
+    engine.folds = _folds(opening, engine, policy, shares, tell, agree)
     return policy, engine
 
 
@@ -97,7 +105,14 @@ def sharded_policy_and_engine(
         raise
 
 
-def _folds(opening: Opening, engine: VllmEngine, policy: Policy, shares: bool, tell: Callable[[str], None]) -> bool:
+def _folds(
+    opening: Opening,
+    engine: VllmEngine,
+    policy: Policy,
+    shares: bool,
+    tell: Callable[[str], None],
+    agree: Callable[[bool], bool],
+) -> bool:
     config = opening.config
     mode = config.rollout.adapter_mode
     if mode == "fold" and not shares:
@@ -107,13 +122,15 @@ def _folds(opening: Opening, engine: VllmEngine, policy: Policy, shares: bool, t
         return True
     if mode != "auto" or not shares:
         return mode == "fold"
-    if not opening.can_fold:
-        tell("rollout.adapter_mode=adapter: what a fold takes has no room beside the KV cache")
-        return False
-    engine.publish(TRAINED, 0, policy.checksum(TRAINED))
-    folds, told = faster_mode(engine, policy, config)
+    folds, told = False, "rollout.adapter_mode=adapter: what a fold takes has no room beside the KV cache"
+    if opening.can_fold:
+        engine.publish(TRAINED, 0, policy.checksum(TRAINED))
+        folds, told = faster_mode(engine, policy, config)
     tell(told)
-    return folds
+    agreed = agree(folds)
+    if folds and not agreed:
+        tell("rollout.adapter_mode=adapter: on another rank folding is slower, or has no room")
+    return agreed
 
 
 def _relaunch(start: Callable[..., Inside], kept: Mapping[str, Tensor]) -> Inside:
