@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("qwen2", {}),  # biases
     "qwen3": ("qwen3", HEADS),  # norms of queries and keys
     "mistral": ("mistral", HEADS | {"tie_word_embeddings": False, "sliding_window": None}),
+    "gemma": ("gemma", HEADS),
     "gemma3": ("gemma3_text", HEADS | {"sliding_window": 64, "initializer_range": 0.1}),
     "phi3": ("phi3", {"tie_word_embeddings": False}),  # the checkpoint is fused as the engine is
 }
@@ -94,6 +95,8 @@ def test_soft_capped_attention_binds_though_the_trainer_does_not_compute_it(tmp_
             assert torch.equal(model(tokens).logits, expected(tokens).logits)
     finally:
         inside.shut_down(resting=False)
+    with pytest.raises(UserError, match="Gemma2Attention uses soft-capped attention scores"), opened(folder):
+        pass
 
 
 def test_a_model_that_cannot_be_bound_is_held_twice_and_still_trains(
@@ -116,6 +119,49 @@ def test_a_model_that_cannot_be_bound_is_held_twice_and_still_trains(
         found.engine.rebuild()
         found.publish()
         assert distance(found.policy, run(found.engine, TRAINED), TRAINED) < 1e-5
+
+
+def test_weights_that_vllm_repacks_are_seen_and_the_policy_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's CPU build does by itself: for oneDNN, and the parameters are left empty."""
+    prepare = versions.prepare
+
+    def prepared(*, cpu: bool) -> None:
+        prepare(cpu=cpu)
+        monkeypatch.setattr("vllm._custom_ops._supports_onednn", True)
+
+    monkeypatch.setattr(versions, "prepare", prepared)
+    with opened(save_model(tmp_path / "llama")) as found:
+        size = sum(p.numel() * 4 for p in base_parameters(found.policy).values())
+        (told,) = found.told
+        assert told.startswith(f"the base is in memory twice, {size / 2**20:.1f} MiB more than shared: ")
+        assert told.endswith("gives (0,) torch.float32")
+        draw(found.policy, 1)
+        found.publish()
+        assert distance(found.policy, run(found.engine, TRAINED), TRAINED) < 1e-5
+
+
+def test_no_way_of_repacking_is_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm._custom_ops as ops
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    versions.prepare(cpu=True)
+    assert not ops._supports_onednn
+    assert not utils.check_cpu_sgl_kernel(64, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("model_type", ["phi", "smollm3"])
+def test_a_model_that_vllm_borrows_from_transformers_is_one_sentence(model_type: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / model_type, model_type, tie_word_embeddings=model_type == "smollm3")
+    with (
+        pytest.raises(UserError, match=r"model\.path=.*no model of its own for it.*rollout\.engine=torch"),
+        opened(folder),
+    ):
+        pass
+    with opened(save_model(tmp_path / "llama")) as found:  # the engine was shut down, and the next one is as before
+        assert distance(found.policy, run(found.engine), None) < 1e-5
 
 
 def test_a_base_that_is_not_shared_cannot_be_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,11 +108,18 @@ def start(config: RunConfig, device: torch.device, dtype: torch.dtype, shape: Sh
     if device.type == "cuda" and shape.can_rest:
         arguments |= {"enable_sleep_mode": True, "worker_cls": "lorl.rollout.vllm.worker.RestingWorker"}
     try:
-        return Inside(LLMEngine.from_engine_args(EngineArgs(**(arguments | extra))))
+        inside = Inside(LLMEngine.from_engine_args(EngineArgs(**(arguments | extra))))
     except torch.OutOfMemoryError as error:
         raise InfrastructureError(f"vLLM ran out of memory while starting: {_line(error)}") from error
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"vLLM cannot start with this configuration: {_line(error)}") from error
+    if inside.borrowed:
+        inside.shut_down(resting=False)
+        raise UserError(
+            f"model.path={config.model.path}: this vLLM has no model of its own for it and computes with transformers' "
+            "modules, which it changes for the trainer as well; use rollout.engine=torch."
+        )
+    return inside
 
 
 def _line(error: BaseException) -> str:
