@@ -31,7 +31,13 @@ def proof(model: Path, agree: Callable[[bool], bool]) -> tuple[PublishProof, Cou
     engine = Counting(policy)
     engine.asked = []
     engine.publish(TRAINED, 1, policy.checksum(TRAINED))
-    found = PublishProof(engine, policy, prompt_tokens=20, agree=agree)
+    found = PublishProof(
+        engine,
+        policy,
+        lambda name, version: engine.publish(name, version, policy.checksum(name)),
+        prompt_tokens=20,
+        agree=agree,
+    )
     assert found.floor < 1e-5
     engine.asked.clear()
     return found, engine

@@ -95,6 +95,8 @@ class Policy:
         base: Any = peft.get_base_model()
         self._base: PreTrainedModel = base
         self._decoder: nn.Module = base.base_model  # the model without its head
+        # vLLM runs a model that it lacks by transformers' class, which it changes to compile itself when called.
+        base.base_model.do_not_compile = True
         self._head: nn.Module = base.get_output_embeddings()
         self.device: torch.device = next(base.parameters()).device
         self.dtype: torch.dtype = next(base.parameters()).dtype

@@ -5,6 +5,7 @@ No engine runs in the tests' own process: ranks forked from one that has had vLL
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from test_group import each
 
 import small_trainer
 import vllm_engines
-from lorl.errors import InfrastructureError, UserError
+from lorl.errors import DivergedError, InfrastructureError, UserError
 from lorl.parallel.group import Ranks
 from lorl.parallel.local import local_worker
 from lorl.parallel.sharding import ShardedTrainer
@@ -225,6 +226,26 @@ def test_an_engine_beside_the_trainers_parts_has_a_copy_of_them(tmp_path: Path) 
         assert copy < 0.65 * size
 
 
+def published_without_a_part(group: Ranks, policy: Policy, engine: VllmEngine) -> str:
+    """What a publish says where rank 1 loses its part of a module on the way and nobody looks at the slots."""
+    write = slots.write
+
+    def losing(links: Sequence[slots.Link]) -> None:
+        write(links)
+        for link in links:
+            if group.rank == 1 and "layers.1.mlp.down_proj" in link.name:
+                link.target.zero_()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "write", losing)
+        patch.setattr(slots, "check", lambda links, what: None)
+        try:
+            engine.publish(TRAINED, 2, policy.checksum(TRAINED))
+        except DivergedError as error:
+            return str(error)
+    return ""
+
+
 def test_a_damaged_part_of_a_slot_and_ranks_that_sample_apart_are_named(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", num_key_value_heads=2)
     vllm_engines._no_inspectors()
@@ -237,6 +258,8 @@ def test_a_damaged_part_of_a_slot_and_ranks_that_sample_apart_are_named(tmp_path
         links[5].target[0, 0] += 1e-6
         damaged = slots.differing(links)
         slots.write(links)
+        lost = published_without_a_part(group, policy, engine)
+        engine.publish(TRAINED, 3, policy.checksum(TRAINED))
         requests = [Request(prompt, [7 + group.rank, 8]) for prompt in prompts(2)]
         try:
             list(engine.generate(requests, Sampling(max_tokens=8, ignore_eos=True), adapter=TRAINED))
@@ -244,10 +267,11 @@ def test_a_damaged_part_of_a_slot_and_ranks_that_sample_apart_are_named(tmp_path
         except InfrastructureError as error:
             said = str(error)
         group.gather("done", "done")
-        return damaged, links[5].name, said
+        return damaged, links[5].name, lost, said
 
-    for damaged, name, said in each(2, tmp_path, work, end_s=START_S):
+    for damaged, name, lost, said in each(2, tmp_path, work, end_s=START_S):
         assert damaged == [name]
+        assert lost.endswith("they differ in model.layers.1 (mlp.down_proj).")
         assert "rank 1 sampled other tokens than rank 0" in said
 
 

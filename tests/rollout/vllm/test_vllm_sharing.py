@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from lorl.errors import UserError
 from lorl.policy.load import TRAINED
-from lorl.policy.sharing import Weights, unshared_bytes
-from lorl.rollout.vllm import versions
+from lorl.policy.sharing import CannotBindError, Weights, unshared_bytes
+from lorl.rollout.vllm import shared, versions
 from vllm_engines import Opened, base_parameters, distance, draw, needs_vllm, opened, run, save_model
 
 pytestmark = needs_vllm
@@ -23,9 +23,11 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("qwen2", {}),  # biases
     "qwen3": ("qwen3", HEADS),  # norms of queries and keys
     "mistral": ("mistral", HEADS | {"tie_word_embeddings": False, "sliding_window": None}),
+    "gemma": ("gemma", HEADS),
     "gemma3": ("gemma3_text", HEADS | {"sliding_window": 64, "initializer_range": 0.1}),
     "gemma2": ("gemma2", GEMMA2 | {"attn_logit_softcapping": 2.0, "initializer_range": 0.1}),
-    "phi": ("phi", {"tie_word_embeddings": False}),  # vLLM runs it by transformers' own code; the head has a bias
+    "phi": ("phi", {"tie_word_embeddings": False}),  # vLLM borrows transformers' code; the head has a bias
+    "smollm3": ("smollm3", {"initializer_range": 0.1}),  # borrowed too; every fourth layer has no positions
     "phi3": ("phi3", {"tie_word_embeddings": False}),  # the checkpoint is fused as the engine is
 }
 
@@ -100,6 +102,51 @@ def test_a_model_that_cannot_be_bound_is_held_twice_and_still_trains(
         found.engine.rebuild()
         found.publish()
         assert distance(found.policy, run(found.engine, TRAINED), TRAINED) < 1e-5
+
+
+def test_weights_that_vllm_repacks_are_seen_and_the_policy_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's CPU build does by itself: for oneDNN, and the parameters are left empty."""
+    prepare = versions.prepare
+
+    def prepared(*, cpu: bool) -> None:
+        prepare(cpu=cpu)
+        monkeypatch.setattr("vllm._custom_ops._supports_onednn", True)
+
+    monkeypatch.setattr(versions, "prepare", prepared)
+    with opened(save_model(tmp_path / "llama")) as found:
+        size = sum(p.numel() * 4 for p in base_parameters(found.policy).values())
+        (told,) = found.told
+        assert told.startswith(f"the base is in memory twice, {size / 2**20:.1f} MiB more than shared: ")
+        assert told.endswith("gives (0,) torch.float32")
+        draw(found.policy, 1)
+        found.publish()
+        assert distance(found.policy, run(found.engine, TRAINED), TRAINED) < 1e-5
+
+
+def test_no_way_of_repacking_is_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm._custom_ops as ops
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    versions.prepare(cpu=True)
+    assert not ops._supports_onednn
+    assert not utils.check_cpu_sgl_kernel(64, 64, torch.bfloat16)
+
+
+def test_a_borrowed_model_that_cannot_be_bound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has changed the class that a copy of the base would be of."""
+
+    def bind(*_: object) -> None:
+        raise CannotBindError("lm_head.weight is laid out otherwise")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "bind", bind)
+        with pytest.raises(UserError, match=r"lm_head\.weight is laid out.*rollout\.engine=torch"):
+            opened(save_model(tmp_path / "olmo2", "olmo2")).__enter__()
+    with opened(save_model(tmp_path / "llama")) as found:  # the engine was shut down, and the next one is as before
+        assert distance(found.policy, run(found.engine), None) < 1e-5
 
 
 def test_a_base_that_is_not_shared_cannot_be_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

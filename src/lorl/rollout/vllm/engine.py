@@ -82,7 +82,7 @@ class VllmEngine:
         self._let_go = let_go
         self.publish_times = PublishTimes()
         self._adopt(inside)
-        self._proof = PublishProof(self, policy, prompt_tokens=inside.block_size + 4, agree=self._any_rank)
+        self._proof = PublishProof(self, policy, self._place, prompt_tokens=inside.block_size + 4, agree=self._any_rank)
 
     @property
     def folds(self) -> bool:
@@ -97,6 +97,17 @@ class VllmEngine:
         self._policy.folds = on
 
     def publish(self, name: str, version: int, checksum: str) -> float:
+        links, (gather, copy, activate) = self._place(name, version)
+        clock = _Clock(self._policy.device)
+        slots.check(links, f"adapter {name!r} version {version}")
+        compared = clock.lap()
+        self._proof.check(name, version)
+        self.publish_times = PublishTimes(gather, copy, activate, compared, clock.lap())
+        return gather + copy + activate
+
+    def _place(self, name: str, version: int) -> tuple[Sequence[slots.Link], tuple[float, float, float]]:
+        """A publish without its proof: the masters' places in the slot that they were copied to, and the seconds that
+        it took to gather, copy and activate them."""
         clock = _Clock(self._policy.device)
         masters, before = self._policy.parameters(name), self._published.get(name)
         if before is None or any(
@@ -115,12 +126,7 @@ class VllmEngine:
         self._last_id += 1
         self._inside.register(self._last_id, slot, self._rank)
         self._published[name] = _Published(version, self._last_id, slot, masters, links, _writes(masters))
-        activate = clock.lap()
-        slots.check(links, f"adapter {name!r} version {version}")
-        compared = clock.lap()
-        self._proof.check(name, version)
-        self.publish_times = PublishTimes(gather, copy, activate, compared, clock.lap())
-        return gather + copy + activate
+        return links, (gather, copy, clock.lap())
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, adapter: str | None

@@ -89,9 +89,6 @@ def _open(config: RunConfig, mode: str, sharers: Sharers | None) -> Opening:
     versions.prepare(cpu=device.type == "cpu")
     lora = adapters.configured(config.adapter)
     model = empty_model(config.model, dtype)
-    # A model that vLLM has not itself it runs by transformers' class, which it changes to compile itself when called.
-    decoder: Any = model.base_model
-    decoder.do_not_compile = True
     if sharers is not None:
         tensor_parallel.check(model.config, sharers.size)
     max_tokens = longest_sample(config, model.config)

@@ -63,6 +63,11 @@ def _on_base_of(
     try:
         bind(model, weights)
     except CannotBindError as error:
+        if inside.borrowed:
+            raise UserError(
+                f"model.path={config.model.path}: {error}; and a copy of its own cannot be, since vLLM computes with "
+                "transformers' class for it and has changed that; use rollout.engine=torch."
+            ) from None
         shares = False
         model = load_base(config.model)
         tell(f"the base is in memory twice, {parameter_bytes(model) / 2**20:,.1f} MiB more than shared: {error}")

