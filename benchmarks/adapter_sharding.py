@@ -6,6 +6,7 @@ Two ranks are CPU processes over gloo; the model is a random Llama of 4 layers. 
 counts too: run it on a quiet machine.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -46,6 +47,7 @@ class Found:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = save_tiny_model(
             Path(folder) / "model", hidden_size=256, intermediate_size=704, num_hidden_layers=LAYERS

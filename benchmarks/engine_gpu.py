@@ -251,7 +251,7 @@ def publishing(engine: VllmEngine, policy: Policy, config: RunConfig, folder: Pa
     found = []
     for version in range(1, 6):
         perturb(policy, version)
-        engine.publish(TRAINED, version, "")
+        engine.publish(TRAINED, version, policy.checksum(TRAINED))
         found.append(engine.publish_times)
     best = min(found, key=lambda times: times.gather + times.copy + times.activate)
     parts = {"gather": best.gather, "copy": best.copy, "activate": best.activate}
@@ -322,12 +322,12 @@ def agreement(engine: VllmEngine, policy: Policy, twin: Policy, table: Table) ->
     table.add(("|dlogp| adapter", difference(engine, policy, twin, TRAINED, 2)))
     table.add(("|dlogp| folded", difference(engine, policy, twin, TRAINED, 3, folds=True)))
     rejuvenate(policy)
-    engine.publish(TRAINED, 6, "")
+    engine.publish(TRAINED, 6, policy.checksum(TRAINED))
     table.add(("|dlogp| young adapter", difference(engine, policy, twin, TRAINED, 5)))
     table.add(("|dlogp| young adapter, folded", difference(engine, policy, twin, TRAINED, 6, folds=True)))
     for version in range(7, 57):
         perturb(policy, version)
-        engine.publish(TRAINED, version, "")
+        engine.publish(TRAINED, version, policy.checksum(TRAINED))
     table.add(("|dlogp| adapter after 50 publishes", difference(engine, policy, twin, TRAINED, 4)))
 
 

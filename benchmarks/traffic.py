@@ -7,6 +7,7 @@ random Llama of 4 layers. Everything else on the loopback device counts too: run
 network of its own: `unshare -n sh -c 'ip link set lo up; PYTHONPATH=src python benchmarks/traffic.py'`.
 """
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -48,9 +49,12 @@ STEPS = 3
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=CASES, metavar="RANKS:STRATEGY[:KEY=VALUE]")
+    cases = parser.parse_args().cases
     torch.set_num_threads(1)
     print("ranks  strategy             phase        measured, MB  formula, MB")
-    for case in sys.argv[1:] or CASES:
+    for case in cases:
         ranks, strategy, *keys = case.split(":")
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             for phase, measured, expected in measure(int(ranks), strategy, keys, Path(folder), stack):

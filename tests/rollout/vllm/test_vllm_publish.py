@@ -52,6 +52,12 @@ def test_every_live_adapter_answers_as_itself(found: Opened) -> None:
     assert distance(found.policy, run(found.engine), None) < 1e-4
 
 
+def test_an_adapter_that_changed_on_the_way_is_not_published(found: Opened) -> None:
+    with pytest.raises(InfrastructureError, match="the engine was given .*, the trainer published another"):
+        found.engine.publish("queries", 14, "another")
+    found.publish("queries", version=14)
+
+
 @pytest.mark.parametrize("name", ["rank 24", "rank_pattern", "rslora", "queries"])
 def test_folded_adapters_answer_as_themselves(found: Opened, name: str) -> None:
     found.engine.folds = True

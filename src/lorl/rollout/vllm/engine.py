@@ -99,6 +99,10 @@ class VllmEngine:
     def publish(self, name: str, version: int, checksum: str) -> float:
         links, (gather, copy, activate) = self._place(name, version)
         clock = _Clock(self._policy.device)
+        if (held := self._policy.checksum(name)) != checksum:  # of the masters, which the slots are compared with
+            raise InfrastructureError(
+                f"adapter {name!r} version {version}: the engine was given {held}, the trainer published {checksum}"
+            )
         slots.check(links, f"adapter {name!r} version {version}")
         compared = clock.lap()
         self._proof.check(name, version)
