@@ -53,7 +53,7 @@ def test_every_live_adapter_answers_as_itself(found: Opened) -> None:
 
 
 def test_an_adapter_that_changed_on_the_way_is_not_published(found: Opened) -> None:
-    with pytest.raises(InfrastructureError, match="the engine was given .*, the trainer published another"):
+    with pytest.raises(InfrastructureError, match=r"the engine was given .*, the trainer published another"):
         found.engine.publish("queries", 14, "another")
     found.publish("queries", version=14)
 
